@@ -1,0 +1,60 @@
+# Every target does its own set-up, in .venv. PYTHON chooses the interpreter: make test PYTHON=python3.12
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install -c constraints.txt
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check golden bench proof clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
+
+demo: $(VENV)/.ready ## the tour: train a small true V3, export it, generate with its drafts, draw the report
+	@$(BIN)/cavelight demo
+
+test: $(VENV)/.ready-dev ## run the tests
+	@$(BIN)/python -m pytest
+
+check: $(VENV)/.ready-dev ## formatting, lint, types and the import fence
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/test_fence.py
+
+golden: $(VENV)/.ready-dev ## rewrite the golden trajectories; read the diff before committing it
+	$(BIN)/python -m tests.golden --write
+
+PROOFS := $(sort $(wildcard bench/proof_*.py))
+BENCHES := $(filter-out $(PROOFS),$(sort $(wildcard bench/[a-z]*.py)))
+
+bench: $(VENV)/.ready-dev ## measure the speeds that README and docs speak of (bench/*.py)
+	@set -e; for script in $(BENCHES); do echo "== $$script"; $(BIN)/python $$script; done
+
+proof: $(VENV)/.ready-dev ## repeat the runs behind docs/results (bench/proof_*.py; takes long)
+	@set -e; for script in $(PROOFS); do echo "== $$script"; $(BIN)/python $$script; done
+
+clean: ## remove what the targets made, the environment included; keeps runs/
+	rm -rf $(VENV) .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist
+
+# The demo needs only what runs the package; tests and checks add the rest.
+$(VENV)/.ready: pyproject.toml constraints.txt | $(BIN)/pip
+	$(PIP) -e .
+	@touch $@
+
+$(VENV)/.ready-dev: pyproject.toml constraints.txt | $(BIN)/pip
+	$(PIP) -e '.[dev]'
+	@touch $@ $(VENV)/.ready
+
+$(BIN)/pip:
+	@command -v $(PYTHON) >/dev/null || { \
+	    echo "There is no '$(PYTHON)' here: name a Python of 3.11 or newer, as in 'make PYTHON=python3.12 ...'." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo "Cavelight needs Python 3.11 or newer, and '$(PYTHON)' is $$($(PYTHON) -V 2>&1):" \
+	         "name a newer one with 'make PYTHON=python3.12 ...'." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { \
+	    echo "This Python has no ensurepip (Debian ships it apart), so python3-venv has to be installed first." >&2; \
+	    test "$$(id -u)" = 0 && command -v apt-get >/dev/null && apt-get update -q && apt-get install -qy python3-venv || { \
+	    echo "Install it as root ('apt-get install python3-venv'), then run make again." >&2; exit 1; }; }
+	$(PYTHON) -m venv --clear $(VENV)

@@ -1,0 +1,102 @@
+"""What `import cavelight` offers: one call for each thing that people do with a model.
+
+Letters: T tokens, V vocabulary.
+"""
+
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+
+import torch
+
+from cavelight.data.tokenizer import StreamDecoder, Tokenizer
+from cavelight.model.transformer import Transformer
+from cavelight.run.generate import Drafts, generate_tokens
+from cavelight.run.sample import Sampling
+from cavelight.run.text import TextStream, generate_text
+from cavelight.spec.config import ModelConfig
+from cavelight.spec.events import Event
+from cavelight.spec.presets import preset
+from cavelight.spec.recipe import Recipe
+from cavelight.train.loop import Result
+from cavelight.train.loop import train as _train
+from cavelight.weights.snapshot import read_checkpoint, write_checkpoint
+
+__all__ = ["Transformer", "generate", "generate_tokens", "load", "preset", "read_config", "save", "train"]
+
+
+def load(path: str | Path, dtype: torch.dtype | None = None) -> tuple[Transformer, Tokenizer]:
+    """The model and tokenizer of a Hugging Face directory (DeepSeek-V2 or -V3 layout), or of a run of `train`.
+
+    dtype: of the weights; the checkpoint's own unless given (see weights.snapshot.read_checkpoint).
+    Raises UserError for anything missing, left over or broken.
+    """
+    folder = checkpoint_folder(path)
+    return read_checkpoint(folder, dtype), Tokenizer.load(folder)
+
+
+def checkpoint_folder(path: str | Path) -> Path:
+    """The folder that holds the checkpoint: `path` itself, or `path`/model where `path` is a run's folder."""
+    folder = Path(path)
+    inside = folder / "model"
+    return inside if (inside / "config.json").is_file() and not (folder / "config.json").exists() else folder
+
+
+def save(model: Transformer, tokenizer: Tokenizer, path: str | Path) -> None:
+    """Write a Hugging Face directory, MTP modules included. It appears complete or not at all."""
+    write_checkpoint(model, path, tokenizer)
+
+
+def generate(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompt: str | Sequence[int],
+    max_new_tokens: int = 200,
+    temperature: float = 0.0,
+    mtp: bool = True,
+    *,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    seed: int | None = None,
+    stop: Sequence[str] = (),
+    drafts: Drafts = "auto",
+    stop_ids: Collection[int] | None = None,
+) -> TextStream:
+    """The text that follows `prompt`, piece by piece while it is made; `.stats` of what it returns tells how it went.
+
+    mtp: let the model's prediction modules draft; the text is the same without, only slower. For the rest see
+    run.sample.Sampling and run.generate.TokenStream.
+    """
+    return generate_text(
+        model,
+        tokenizer,
+        StreamDecoder(tokenizer),
+        prompt,
+        max_new_tokens=max_new_tokens,
+        sampling=Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed),
+        stop=stop,
+        stop_ids=stop_ids,
+        drafts=drafts if mtp else 0,
+    )
+
+
+def read_config(path: str | Path) -> ModelConfig:
+    """The configuration in a config.json, or in the folder that holds one."""
+    return ModelConfig.read(path)
+
+
+def train(
+    recipe: Recipe | str | Path,
+    out: str | Path,
+    overrides: Sequence[str] = (),
+    on_event: Callable[[Event], None] = lambda event: None,
+    resume: bool = False,
+) -> Result:
+    """Train what a recipe describes (a file, the name of one that comes along, or a Recipe) into the folder `out`.
+
+    overrides: `section.key=value`, for a recipe that is read here. resume: go on from what `out` holds.
+    """
+    if not isinstance(recipe, Recipe):
+        recipe = Recipe.read(recipe, overrides)
+    return _train(recipe, Path(out), on_event, resume)

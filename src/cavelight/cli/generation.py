@@ -1,0 +1,133 @@
+"""`cavelight generate` and `cavelight chat`: text as it is made, then how it went."""
+
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from rich.text import Text
+
+from cavelight.cli.screen import ERR, OUT, say_json
+from cavelight.errors import UserError
+
+if TYPE_CHECKING:
+    from cavelight.data.tokenizer import Tokenizer
+    from cavelight.model.transformer import Transformer
+    from cavelight.run.text import TextStream
+
+
+Drafts = int | Literal["auto"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to generate; the names are those of cavelight.generate."""
+
+    max_new_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    seed: int | None
+    stop: Sequence[str]
+    drafts: Drafts
+
+    def stream(self, model: "Transformer", tokenizer: "Tokenizer", prompt: str | list[int]) -> "TextStream":
+        from cavelight.api import generate
+
+        return generate(model, tokenizer, prompt, **asdict(self))
+
+
+def drafts_of(text: str) -> Drafts:
+    """`auto`, or a number."""
+    if text == "auto":
+        return "auto"
+    if not text.isdecimal():
+        raise UserError("--drafts is a number or auto", got=text, do="write for example --drafts 2")
+    return int(text)
+
+
+def load(path: Path, dtype: str) -> "tuple[Transformer, Tokenizer]":
+    """Model and tokenizer; `dtype` as on the command line, `auto` for the checkpoint's own."""
+    import torch
+
+    from cavelight.api import load as load_checkpoint
+
+    dtypes = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
+    if dtype not in dtypes:
+        raise UserError("There is no such type of number here", got=dtype, do=f"choose one of {', '.join(dtypes)}")
+    with ERR.status(f"loading {path}"):
+        return load_checkpoint(path, dtypes[dtype])
+
+
+def generate(path: Path, prompt: str | None, options: Options, dtype: str, as_json: bool) -> None:
+    """Stream what follows `prompt` (standard input where None) to stdout; what it took goes to stderr."""
+    if prompt is None:
+        if sys.stdin.isatty():
+            raise UserError("There is no prompt", do="give one with -p, or pipe it in")
+        prompt = sys.stdin.read()
+    model, tokenizer = load(path, dtype)
+    stream = options.stream(model, tokenizer, prompt)
+    if as_json:
+        text = "".join(stream)
+        say_json({"prompt": prompt, "text": text, "stats": stream.stats.as_dict()})
+        return
+    if OUT.is_terminal:
+        OUT.print(Text(prompt, style="dim"), end="", soft_wrap=True)
+    show(stream, [])
+    ERR.print(Text(stream.stats.report(), style="cyan"), soft_wrap=True)
+
+
+def show(stream: "TextStream", shown: list[str]) -> None:
+    """Print pieces as they come, untouched, and note them in `shown`, which keeps them if Ctrl-C breaks this off."""
+    try:
+        for piece in stream:
+            shown.append(piece)
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+    finally:
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+
+
+def chat(path: Path, system: str | None, options: Options, dtype: str, as_json: bool) -> None:
+    """A conversation in the checkpoint's own format: a line in, an answer out. /new begins anew, /exit leaves."""
+    model, tokenizer = load(path, dtype)
+    opening: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
+    messages = list(opening)
+    tokenizer.chat_prompt(
+        [*opening, {"role": "user", "content": ""}]
+    )  # a missing template is told before the first line
+    if not as_json:
+        ERR.print("Ctrl-D or /exit leaves, /new forgets what was said, Ctrl-C stops an answer.", style="dim")
+    while (line := _next_line(as_json)) is not None:
+        if line == "/exit":
+            return
+        if line == "/new":
+            messages = list(opening)
+            continue
+        if not line:
+            continue
+        messages.append({"role": "user", "content": line})
+        stream = options.stream(model, tokenizer, tokenizer.chat_prompt(messages))
+        if as_json:
+            answer = "".join(stream)
+            say_json({"answer": answer, "stats": stream.stats.as_dict()})
+        else:
+            shown: list[str] = []
+            with suppress(KeyboardInterrupt):
+                show(stream, shown)
+            answer = "".join(shown)
+            ERR.print(Text(stream.stats.report(), style="cyan"), soft_wrap=True)
+        messages.append({"role": "assistant", "content": answer})
+
+
+def _next_line(as_json: bool) -> str | None:
+    """What was typed, without spaces around it; None at the end of input."""
+    try:
+        return (input() if as_json or not sys.stdin.isatty() else OUT.input("[bold green]> ")).strip()
+    except EOFError:
+        return None

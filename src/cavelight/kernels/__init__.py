@@ -1,0 +1,1 @@
+"""Tensors in, tensors out: each fast form beside its plain twin. Imports nothing of ours."""

@@ -1,0 +1,105 @@
+"""The routed experts of one layer: every token through its chosen ones, weighted and summed, and a plain twin.
+
+Letters: T tokens, K experts a token, E experts, D hidden size, F expert width, P = T * K pairs of token and expert,
+R rows: the pairs sorted by expert (each expert's rows padded to a multiple, where that pays).
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def grouped(
+    x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, gate_EFD: Tensor, up_EFD: Tensor, down_EDF: Tensor
+) -> Tensor:
+    """y_t = sum_k w_tk down(silu(gate x_t) * up x_t) over the chosen experts (V3 report, eq. 12): [T, D].
+
+    One matrix product an expert and matrix, on rows that lie together; idle experts cost nothing.
+    """
+    return _Grouped.apply(x_TD, ids_TK, weights_TK, gate_EFD, up_EFD, down_EDF)
+
+
+def plain(
+    x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, gate_EFD: Tensor, up_EFD: Tensor, down_EDF: Tensor
+) -> Tensor:
+    """The definition, one token and expert at a time: [T, D]."""
+    rows = []
+    for x_D, ids_K, weights_K in zip(x_TD, ids_TK.tolist(), weights_TK, strict=True):
+        outputs = [down_EDF[e] @ (F.silu(gate_EFD[e] @ x_D) * (up_EFD[e] @ x_D)) for e in ids_K]
+        rows.append(sum(w * y_D.float() for w, y_D in zip(weights_K, outputs, strict=True)))
+    return torch.stack(rows).to(x_TD.dtype)
+
+
+class _Grouped(torch.autograd.Function):
+    """Forward and backward by hand, so that products are written in place and nothing is kept twice."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, *matrices: Tensor) -> Tensor:
+        gate_EFD, up_EFD, down_EDF = matrices
+        (T, K), D, width = ids_TK.shape, x_TD.shape[1], gate_EFD.shape[1]
+        slots_P, pairs_R, spans = _sort(ids_TK, gate_EFD.shape[0], _row_multiple(x_TD))
+        x_RD = x_TD.index_select(0, pairs_R // K)
+        gate_RF, up_RF = x_RD.new_empty(x_RD.shape[0], width), x_RD.new_empty(x_RD.shape[0], width)
+        for e, rows in spans:
+            torch.mm(x_RD[rows], gate_EFD[e].T, out=gate_RF[rows])
+            torch.mm(x_RD[rows], up_EFD[e].T, out=up_RF[rows])
+        a_RF = F.silu(gate_RF).mul_(up_RF)
+        y_RD = torch.empty_like(x_RD)
+        for e, rows in spans:
+            torch.mm(a_RF[rows], down_EDF[e].T, out=y_RD[rows])
+        y_TKD = y_RD.index_select(0, slots_P).view(T, K, D)
+        ctx.save_for_backward(x_RD, gate_RF, up_RF, y_TKD, weights_TK, slots_P, pairs_R, *matrices)
+        ctx.spans = spans
+        return torch.bmm(weights_TK[:, None].to(y_TKD.dtype), y_TKD)[:, 0]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (dy_TD,) = grads
+        x_RD, gate_RF, up_RF, y_TKD, weights_TK, slots_P, pairs_R, gate_EFD, up_EFD, down_EDF = ctx.saved_tensors
+        T, K = weights_TK.shape
+        dweights_TK = torch.bmm(y_TKD, dy_TD[..., None])[..., 0].to(weights_TK.dtype)
+        # A padding row stands for pair 0 as well; its weight of zero keeps it out of every gradient.
+        weights_R = torch.zeros_like(pairs_R, dtype=dy_TD.dtype)
+        weights_R[slots_P] = weights_TK.flatten().to(dy_TD.dtype)
+        dy_RD = dy_TD.index_select(0, pairs_R // K).mul_(weights_R[:, None])
+        sigmoid_RF = gate_RF.sigmoid()
+        silu_RF = gate_RF * sigmoid_RF
+        a_RF = silu_RF * up_RF
+        da_RF, ddown_EDF = torch.empty_like(a_RF), torch.zeros_like(down_EDF)
+        for e, rows in ctx.spans:
+            torch.mm(dy_RD[rows], down_EDF[e], out=da_RF[rows])
+            torch.mm(dy_RD[rows].T, a_RF[rows], out=ddown_EDF[e])
+        dup_RF = da_RF * silu_RF
+        dgate_RF = da_RF.mul_(up_RF).mul_(silu_RF.mul_(1 - sigmoid_RF).add_(sigmoid_RF))  # silu' = silu (1 - s) + s
+        dx_RD, dgate_EFD, dup_EFD = torch.empty_like(x_RD), torch.zeros_like(gate_EFD), torch.zeros_like(up_EFD)
+        for e, rows in ctx.spans:
+            torch.mm(dgate_RF[rows], gate_EFD[e], out=dx_RD[rows])
+            dx_RD[rows].addmm_(dup_RF[rows], up_EFD[e])
+            torch.mm(dgate_RF[rows].T, x_RD[rows], out=dgate_EFD[e])
+            torch.mm(dup_RF[rows].T, x_RD[rows], out=dup_EFD[e])
+        dx_TD = dx_RD.index_select(0, slots_P).view(T, K, -1).sum(dim=1)
+        return dx_TD, None, dweights_TK, dgate_EFD, dup_EFD, ddown_EDF
+
+
+def _sort(ids_TK: Tensor, experts: int, multiple: int) -> tuple[Tensor, Tensor, list[tuple[int, slice]]]:
+    """Each pair's row [P]; each row's pair [R], 0 where it is padding; each busy expert with its rows."""
+    ids_P = ids_TK.flatten()
+    order_P = ids_P.argsort(stable=True)
+    counts_E = torch.bincount(ids_P, minlength=experts)
+    room_E = (counts_E + multiple - 1) // multiple * multiple
+    ends_E = room_E.cumsum(0)
+    shift_E = (ends_E - room_E) - (counts_E.cumsum(0) - counts_E)  # how far padding moves an expert's rows
+    rows_P = torch.arange(ids_P.numel(), device=ids_P.device) + shift_E[ids_P[order_P]]
+    slots_P = torch.empty_like(ids_P)
+    slots_P[order_P] = rows_P
+    pairs_R = ids_P.new_zeros(int(ends_E[-1]))
+    pairs_R[rows_P] = order_P
+    bounds = zip((ends_E - room_E).tolist(), ends_E.tolist(), strict=True)
+    return slots_P, pairs_R, [(e, slice(start, end)) for e, (start, end) in enumerate(bounds) if end > start]
+
+
+def _row_multiple(x_TD: Tensor) -> int:
+    """oneDNN builds a kernel for each new bfloat16 shape, which costs more than the product: let shapes repeat."""
+    return 64 if x_TD.dtype == torch.bfloat16 and x_TD.device.type == "cpu" and x_TD.shape[0] >= 64 else 1

@@ -1,0 +1,85 @@
+"""The two acts that the model is given: `Attend` and `Dispatch`, and their versions without a cache or a cluster.
+
+Letters: T tokens of all sequences in one row, H heads, N width without position, R rotary width, U value width,
+C latent width, D hidden size, K experts a token.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from cavelight.kernels import attend, experts
+
+
+class Attend(Protocol):
+    """Let each token look at those before it in its sequence. Who belongs together only the implementation knows."""
+
+    def __call__(
+        self,
+        layer: int,
+        q_nope_THN: Tensor,
+        q_rope_THR: Tensor,
+        c_TC: Tensor,
+        k_rope_TR: Tensor,
+        k_up_HNC: Tensor,
+        v_up_HUC: Tensor,
+        scale: float,
+    ) -> Tensor:
+        """Mixed values [T, H, U]. `c_TC` is past its norm, both rotary parts past RoPE."""
+        ...
+
+
+class ExpertWeights(Protocol):
+    """What `Dispatch` needs to know of a layer's routed experts."""
+
+    gate_proj: Tensor  # [E, F, D]
+    up_proj: Tensor  # [E, F, D]
+    down_proj: Tensor  # [E, D, F]
+
+
+class Dispatch(Protocol):
+    """Send each token to its chosen experts and bring back the weighted sum."""
+
+    def __call__(
+        self, layer: int, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, weights: ExpertWeights
+    ) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class PackedAttend:
+    """Sequences laid end to end, each seeing only itself, no past: for training and evaluation."""
+
+    lengths: Sequence[int]
+
+    def __call__(
+        self,
+        layer: int,
+        q_nope_THN: Tensor,
+        q_rope_THR: Tensor,
+        c_TC: Tensor,
+        k_rope_TR: Tensor,
+        k_up_HNC: Tensor,
+        v_up_HUC: Tensor,
+        scale: float,
+    ) -> Tensor:
+        rows_TL = torch.cat([c_TC, k_rope_TR], dim=-1)
+        if len(set(self.lengths)) == 1:  # equal lengths: one call over all
+            q_nope_BTHN, q_rope_BTHR, rows_BTL = (
+                t.unflatten(0, (len(self.lengths), self.lengths[0])) for t in (q_nope_THN, q_rope_THR, rows_TL)
+            )
+            return attend.expanded(q_nope_BTHN, q_rope_BTHR, rows_BTL, k_up_HNC, v_up_HUC, scale).flatten(0, 1)
+        parts = zip(*(t.split(list(self.lengths)) for t in (q_nope_THN, q_rope_THR, rows_TL)), strict=True)
+        return torch.cat(
+            [attend.expanded(q[None], r[None], s[None], k_up_HNC, v_up_HUC, scale)[0] for q, r, s in parts]
+        )
+
+
+@dataclass(frozen=True)
+class GroupedDispatch:
+    """All experts at home: one grouped product."""
+
+    def __call__(self, layer: int, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, weights: ExpertWeights) -> Tensor:
+        return experts.grouped(x_TD, ids_TK, weights_TK, weights.gate_proj, weights.up_proj, weights.down_proj)

@@ -1,0 +1,87 @@
+"""The latent cache: of every layer and position one row, its latent after the norm and its rotary key after RoPE.
+
+Letters: T tokens of this step, S rows up to and with them, M layers of the trunk and then of the MTP modules, H heads,
+N width without position, R rotary width, U value width, C latent width, L = C + R.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cavelight.kernels import attend
+from cavelight.spec.config import ModelConfig
+
+Form = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float], Tensor]
+
+
+class LatentCache:
+    """One sequence's past, [M, capacity, L]. Nothing expanded is ever stored.
+
+    A row is addressed by its position. It is read by queries at or after that position alone, and whoever puts a
+    token there writes the row first. So rejected drafts need no clean-up: their rows are overwritten unread.
+    """
+
+    def __init__(
+        self, config: ModelConfig, capacity: int, dtype: torch.dtype, device: torch.device | None = None
+    ) -> None:
+        self.limit = config.max_position_embeddings
+        shape = (config.num_layers_with_mtp, min(capacity, self.limit), config.cache_width)
+        self.rows_MSL = torch.empty(shape, dtype=dtype, device=device)
+
+    def at(self, start: int, form: Form | None = None) -> "CachedAttend":
+        """`Attend` for one step whose tokens stand at positions `start`, `start` + 1, ...
+
+        `form`: `kernels.attend.expanded` or `.absorbed` throughout, instead of the cheaper one at each call.
+        """
+        return CachedAttend(self, start, form)
+
+    def write(self, layer: int, start: int, rows_TL: Tensor) -> Tensor:
+        """Put rows at `start` and after; all rows [S, L] of the layer from position 0 to the last written."""
+        end = start + rows_TL.shape[0]
+        self.reserve(end)
+        self.rows_MSL[layer, start:end] = rows_TL
+        return self.rows_MSL[layer, :end]
+
+    def reserve(self, length: int) -> None:
+        """Make room for positions below `length`, at least doubling, so that growing costs little in sum."""
+        layers, capacity, width = self.rows_MSL.shape
+        if length <= capacity:
+            return
+        assert length <= self.limit, f"position {length - 1} in a context of {self.limit}"
+        grown_MSL = self.rows_MSL.new_empty(layers, min(max(length, 2 * capacity), self.limit), width)
+        grown_MSL[:, :capacity] = self.rows_MSL
+        self.rows_MSL = grown_MSL
+
+    def bytes(self) -> int:
+        """Memory held, used or not."""
+        return self.rows_MSL.numel() * self.rows_MSL.element_size()
+
+
+@dataclass(frozen=True)
+class CachedAttend:
+    """One step's `Attend`: its tokens' rows go into the cache, its queries look at them and at all rows before."""
+
+    cache: LatentCache
+    start: int
+    form: Form | None = None
+
+    def __call__(
+        self,
+        layer: int,
+        q_nope_THN: Tensor,
+        q_rope_THR: Tensor,
+        c_TC: Tensor,
+        k_rope_TR: Tensor,
+        k_up_HNC: Tensor,
+        v_up_HUC: Tensor,
+        scale: float,
+    ) -> Tensor:
+        rows_SL = self.cache.write(layer, self.start, torch.cat([c_TC, k_rope_TR], dim=-1))
+        (H, N, C), R, U = k_up_HNC.shape, q_rope_THR.shape[-1], v_up_HUC.shape[1]
+        form = self.form
+        if form is None:
+            cheaper = attend.absorbed_is_cheaper(c_TC.shape[0], rows_SL.shape[0], H, N, R, U, C)
+            form = attend.absorbed if cheaper else attend.expanded
+        return form(q_nope_THN[None], q_rope_THR[None], rows_SL[None], k_up_HNC, v_up_HUC, scale)[0]

@@ -1,0 +1,285 @@
+"""Tokens out of a model: prefill, then plain steps or rounds of speculation, until something ends it.
+
+Letters: T tokens of a step, D hidden size, V vocabulary. Throughout, n is the position of the last known token, which
+the trunk has not seen yet; a step runs it through the trunk with the drafts that follow it.
+"""
+
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from cavelight.errors import UserError
+from cavelight.model.ports import Dispatch, GroupedDispatch
+from cavelight.model.router import Routing
+from cavelight.model.transformer import Transformer
+from cavelight.run.cache import LatentCache
+from cavelight.run.sample import Sampling, distribution, draw, scores
+from cavelight.run.settle import Settler, is_close
+from cavelight.run.speculate import Draft, Drafter, cost_of_round, judge
+from cavelight.run.stats import WINDOW, Stats
+from cavelight.spec.config import ModelConfig
+
+Drafts = int | Literal["auto"]
+GREEDY = Sampling()
+CHUNK = 512  # prompt tokens that go through at once
+TIMED_STEPS = (1, 3, 5)  # of a speculating run, the steps made plain to measure them; later one in PERIOD
+PERIOD = 64
+ROOM = 256  # new tokens that the cache has room for from the start
+
+
+class TokenStream(Iterator[int]):
+    """New tokens, one by one; `stats` tells how it went. The end token, where one comes, is the last.
+
+    drafts: how many tokens to guess ahead with the MTP modules; 0 for none; "auto" for as many as there are modules,
+    until it shows that they do not pay. Whatever it is, greedy output is the same token for token (in float32), and
+    sampled output has the same distribution.
+    stop_ids: the configuration's end tokens unless given.
+    Raises UserError for a prompt that does not fit or is no list of token ids, and if the model produces NaN.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        prompt_tokens: Sequence[int],
+        *,
+        max_new_tokens: int = 100,
+        sampling: Sampling = GREEDY,
+        stop_ids: Collection[int] | None = None,
+        drafts: Drafts = "auto",
+        dispatch: Dispatch | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        config, weight = model.config, model.lm_head.weight
+        self.model, self.sampling, self.clock = model, sampling, clock
+        self.tokens = checked_prompt(config, prompt_tokens)
+        self.stop_ids = frozenset(end_tokens(config) if stop_ids is None else stop_ids)
+        self.max_new_tokens = max_new_tokens
+        self.limit = config.max_position_embeddings
+        self.dispatch = dispatch or GroupedDispatch()
+        self.source = sampling.generator()
+        capacity = len(self.tokens) + min(max(max_new_tokens, 0), ROOM)
+        self.cache = LatentCache(config, capacity, weight.dtype, weight.device)
+        self.exact = sampling.greedy and weight.dtype in (torch.float32, torch.float64)
+        self.settler: Settler | None = None
+        self.stats = Stats(prompt_tokens=len(self.tokens))
+        self.may_turn_off = drafts == "auto"
+        self.drafter = self._drafter(drafts)
+        self.drafts: list[Draft] = []  # those that the next step verifies
+        self._drafting_seconds = 0.0  # what it took to make them
+        self._steps = 0
+        self._tokens = self._stream()
+
+    def __next__(self) -> int:
+        return next(self._tokens)
+
+    def _drafter(self, drafts: Drafts) -> Drafter | None:
+        modules = self.model.config.num_nextn_predict_layers
+        if drafts != "auto" and drafts < 0:
+            raise UserError("The number of drafts cannot be negative", got=str(drafts))
+        if drafts != "auto" and drafts > 0 and modules == 0:
+            raise UserError(
+                "This model cannot draft", got=f"{drafts} drafts", why="it has no MTP module", do="leave drafts at auto"
+            )
+        self.stats.drafts = modules if drafts == "auto" else drafts
+        if self.stats.drafts == 0:
+            self.stats.off = "the model has no MTP module" if modules == 0 else None
+            return None
+        depth = min(self.stats.drafts, modules)
+        return Drafter(self.model, self.cache, self.dispatch, depth)
+
+    def _stream(self) -> Iterator[int]:
+        if self.max_new_tokens <= 0:
+            self.stats.finish = "limit of new tokens"
+            return
+        ready = self._prefill()
+        while True:
+            yield from ready
+            if self.stats.finish:
+                return
+            ready = self._step()
+
+    @torch.inference_mode()
+    def _prefill(self) -> list[int]:
+        """The prompt through the trunk, in chunks; the first new token."""
+        started, prompt = self.clock(), len(self.tokens)
+        for start in range(0, prompt, CHUNK):
+            hidden_TD, routings = self._trunk(self.tokens[start : start + CHUNK], start)
+            if self.drafter:
+                self.drafter.see(hidden_TD)
+                if start + CHUNK < prompt:  # the modules take the prompt in chunks too
+                    self.drafter.propose(self.tokens, 0, self._pick)
+        self._decide(self.model.head(hidden_TD[-1:]), hidden_TD[-1:], routings)
+        if self.exact:
+            self.settler = Settler(self.model, self.cache, self.dispatch, prompt)
+        ready = self._finish(prompt)
+        self._draft()
+        self.stats.prefill_seconds = self.clock() - started
+        return ready
+
+    @torch.inference_mode()
+    def _step(self) -> list[int]:
+        """One pass of the trunk over the last token and its drafts, what it makes certain, and the next drafts."""
+        started, n = self.clock(), len(self.tokens) - 1
+        drafts, drafting_seconds = self.drafts, self._drafting_seconds
+        hidden_TD, routings = self._trunk([self.tokens[n], *(draft.token for draft in drafts)], n)
+        hidden_TD = self._decide(self.model.head(hidden_TD), hidden_TD, routings)
+        verified = self.clock()
+        if self.drafter:
+            self.drafter.see(hidden_TD)
+        if drafts:
+            self.stats.add_round(len(drafts), len(self.tokens) - n - 1, verified - started + drafting_seconds)
+        else:
+            self.stats.plain_seconds.append(verified - started)
+        ready = self._finish(n + 1)
+        self._draft()
+        self.stats.decode_seconds += self.clock() - started
+        return ready
+
+    def _trunk(self, tokens: Sequence[int], start: int) -> tuple[Tensor, list[Routing]]:
+        device = self.model.lm_head.weight.device
+        positions_T = torch.arange(start, start + len(tokens), device=device)
+        result: tuple[Tensor, list[Routing]] = self.model(
+            torch.tensor(tokens, device=device), positions_T, self.cache.at(start), self.dispatch
+        )
+        return result
+
+    def _decide(self, logits_TV: Tensor, hidden_TD: Tensor, routings: list[Routing]) -> Tensor:
+        """Append the tokens that this step makes certain; the hidden states at the positions they follow."""
+        if self.sampling.greedy:
+            return self._decide_greedily(logits_TV, hidden_TD, routings)
+        for row, logits_V in enumerate(logits_TV):
+            p_V = distribution(logits_V, self.tokens, self.sampling)
+            if row == len(self.drafts):
+                self.tokens.append(draw(p_V, self.source))
+                break
+            self.tokens.append(judge(self.drafts[row], p_V, self.source))
+            if self.tokens[-1] != self.drafts[row].token:
+                break
+        return hidden_TD[: row + 1]
+
+    def _decide_greedily(self, logits_TV: Tensor, hidden_TD: Tensor, routings: list[Routing]) -> Tensor:
+        close_T = self.settler.close_routes(routings, len(logits_TV)) if self.settler else []
+        for row, logits_V in enumerate(logits_TV):
+            scores_V = scores(logits_V, self.tokens, self.sampling)
+            if self.settler and (close_T[row] or is_close(scores_V)):
+                settled_1D = self.settler.settle(self.tokens, len(self.tokens) - 1)
+                settled_V = scores(self.model.head(settled_1D)[0], self.tokens, self.sampling)
+                self.tokens.append(int(settled_V.argmax()))
+                self.stats.settled += 1
+                return torch.cat([hidden_TD[:row], settled_1D])  # what came after it was computed with another row
+            self.tokens.append(int(scores_V.argmax()))
+            if row == len(self.drafts) or self.tokens[-1] != self.drafts[row].token:
+                break
+        return hidden_TD[: row + 1]
+
+    def _pick(self, logits_V: Tensor, tokens: Sequence[int]) -> Draft:
+        if self.sampling.greedy:
+            return Draft(int(scores(logits_V, tokens, self.sampling).argmax()))
+        probs_V = distribution(logits_V, tokens, self.sampling)
+        return Draft(draw(probs_V, self.source), probs_V)
+
+    def _finish(self, start: int) -> list[int]:
+        """The tokens from `start` on, up to an end; notes what the end is."""
+        stats = self.stats
+        room = self.max_new_tokens - stats.new_tokens
+        ends = (i + 1 for i, token in enumerate(self.tokens[start:]) if token in self.stop_ids)
+        stop = next(ends, None)
+        if stop is not None and stop <= room:
+            stats.finish, room = "end token", stop
+        elif len(self.tokens) - start >= room:
+            stats.finish = "limit of new tokens"
+        elif len(self.tokens) > self.limit:
+            stats.finish = f"context's limit of {self.limit} tokens"
+        ready = self.tokens[start : start + room]
+        stats.new_tokens += len(ready)
+        return ready
+
+    def _draft(self) -> None:
+        """Drafts for the next step: none at the end, in a step that is timed plain, or once they did not pay."""
+        started, self.drafts = self.clock(), []
+        self._steps += 1
+        if self.drafter and self.may_turn_off and not self._pays():
+            self.drafter = None
+        timed = self._steps in TIMED_STEPS or self._steps % PERIOD == 0
+        room = min(self.max_new_tokens - self.stats.new_tokens - 1, self.limit - len(self.tokens))
+        drafts = min(self.stats.drafts, room)
+        if self.drafter and drafts > 0 and not timed and not self.stats.finish:
+            self.drafts = self.drafter.propose(self.tokens, drafts, self._pick)
+        self._drafting_seconds = self.clock() - started
+
+    def _pays(self) -> bool:
+        """Judged once in every window of rounds. By the clock where the output cannot depend on the verdict.
+
+        Elsewhere the same seed has to give the same text on every run, so the sizes of the model decide.
+        """
+        rounds = len(self.stats.round_tokens)
+        if rounds == 0 or rounds % WINDOW:
+            return True
+        cost = self.stats.measured_cost() if self.exact else cost_of_round(self.model.config, self.stats.drafts)
+        return self.stats.judge(cost)
+
+
+def generate_tokens(
+    model: Transformer,
+    prompt_tokens: Sequence[int],
+    max_new_tokens: int = 100,
+    temperature: float = 0.0,
+    mtp: bool = True,
+    *,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    seed: int | None = None,
+    drafts: Drafts = "auto",
+    stop_ids: Collection[int] | None = None,
+) -> list[int]:
+    """The tokens that follow a prompt, the end token included where one comes. See Sampling and TokenStream."""
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    return list(
+        TokenStream(
+            model,
+            prompt_tokens,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            stop_ids=stop_ids,
+            drafts=drafts if mtp else 0,
+        )
+    )
+
+
+def begin(config: ModelConfig) -> list[int]:
+    """The begin token, in a list, if the model has one."""
+    return [] if config.bos_token_id is None else [config.bos_token_id]
+
+
+def end_tokens(config: ModelConfig) -> list[int]:
+    """The configuration's end tokens: none, one or several."""
+    eos = config.eos_token_id
+    return [] if eos is None else [eos] if isinstance(eos, int) else eos
+
+
+def checked_prompt(config: ModelConfig, tokens: Sequence[int]) -> list[int]:
+    """The prompt as a list; an empty one becomes the begin token. Raises UserError if it cannot be used."""
+    prompt = list(tokens) or begin(config)
+    if not prompt:
+        raise UserError("The prompt is empty", why="this model has no begin token to start from", do="give some text")
+    unknown = [token for token in prompt if not 0 <= token < config.vocab_size]
+    if unknown:
+        raise UserError(
+            "The prompt holds unknown token ids",
+            got=", ".join(map(str, unknown[:5])),
+            why=f"the vocabulary has ids 0 to {config.vocab_size - 1}",
+            do="use the tokenizer that belongs to this model",
+        )
+    if len(prompt) > config.max_position_embeddings:
+        raise UserError(
+            "The prompt is longer than the context",
+            got=f"{len(prompt)} tokens",
+            why=f"this model takes at most {config.max_position_embeddings} (max_position_embeddings)",
+            do=f"shorten it by at least {len(prompt) - config.max_position_embeddings} tokens",
+        )
+    return prompt

@@ -1,0 +1,1 @@
+"""The recipe: losses, balance, optimisation, evaluation, and the loop that joins them."""

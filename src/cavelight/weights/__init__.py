@@ -1,0 +1,1 @@
+"""Models on disk: Hugging Face's names, sharded safetensors, and whole checkpoint folders."""
