@@ -4,7 +4,7 @@ import torch
 
 from cavelight.model.transformer import Transformer
 from cavelight.spec.config import ModelConfig
-from tests.reference.tiny import tiny
+from .reference.tiny import tiny
 
 
 def small_config(**changes: object) -> ModelConfig:

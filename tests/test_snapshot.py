@@ -94,18 +94,342 @@ def change_weights(folder: Path, change: Callable[[dict[str, Tensor]], object]) 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shard_bytes", [5_000, 2**30])
+@pytest.mark.parametrize("shard_bytes", [5_000, 2**30], ids=["shards", "one file"])
 def test_round_trip_to_the_bit(tmp_path: Path, dtype: torch.dtype, shard_bytes: int) -> None:
-    model = filled(tiny(num_nextn_predict_layers=2, extra_key_of_no_one=None) if False else tiny(num_nextn_predict_layers=2))
-    model = model.to(dtype)
+    config = tiny(num_nextn_predict_layers=2)
+    model = Transformer(config, dtype)
+    model.load_state_dict(filled(config).state_dict())
     write_checkpoint(model, tmp_path / "a", shard_bytes=shard_bytes)
+    assert ((tmp_path / "a" / files.INDEX).exists(), (tmp_path / "a" / files.SINGLE).exists()) == (
+        (True, False) if shard_bytes == 5_000 else (False, True)
+    )
     read = read_checkpoint(tmp_path / "a")
-    expected = model.state_dict()
-    for name, tensor in read.state_dict().items():
-        assert tensor.dtype == (torch.float32 if name.endswith("e_score_correction_bias") else dtype), name
-        assert torch.equal(tensor, expected[name].to(tensor.dtype)), name
-    assert (len(list((tmp_path / "a").glob("*.safetensors"))) > 10) == (shard_bytes == 5_000)
+    assert_same(read, model)
+    assert read.config == config.replace(torch_dtype=str(dtype).removeprefix("torch."))
     write_checkpoint(read, tmp_path / "b", shard_bytes=shard_bytes)
-    assert {f.name: f.read_bytes() for f in (tmp_path / "b").iterdir()} == {
-        f.name: f.read_bytes() for f in (tmp_path / "a").iterdir()
+    first, second = ({f.name: f.read_bytes() for f in (tmp_path / name).iterdir()} for name in "ab")
+    assert first == second
+
+
+def test_a_read_model_trains_and_outlives_its_folder(saved: Path) -> None:
+    model = read_checkpoint(saved)
+    for file in saved.iterdir():
+        file.write_bytes(b"")
+    assert_same(model, filled(WITH_MTP))
+    assert all(parameter.requires_grad and not parameter.is_meta for parameter in model.parameters())
+    model.logits(torch.tensor([1, 2, 3])).sum().backward()
+
+
+def test_the_routing_bias_is_float32_whatever_the_weights_are(tmp_path: Path) -> None:
+    model = filled(WITH_MTP)
+    bias = model.state_dict()[BIAS].clone()
+    write_checkpoint(model, tmp_path / "wide")
+    read = read_checkpoint(tmp_path / "wide", torch.bfloat16)
+    assert read.lm_head.weight.dtype == torch.bfloat16
+    assert read.state_dict()[BIAS].dtype == torch.float32 and torch.equal(read.state_dict()[BIAS], bias)
+    write_checkpoint(model.bfloat16(), tmp_path / "narrow")  # torch casts buffers along
+    stored = weights_of(tmp_path / "narrow")
+    assert {name for name, tensor in stored.items() if tensor.dtype == torch.float32} == {
+        name for name in stored if name.endswith("e_score_correction_bias")
     }
+
+
+@pytest.mark.parametrize(
+    ("stored", "read"),
+    [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32), (torch.float32, torch.float32)],
+)
+def test_reading_loses_nothing_unless_told(saved: Path, stored: torch.dtype, read: torch.dtype) -> None:
+    change_weights(saved, lambda tensors: tensors.update({name: t.to(stored) for name, t in tensors.items()}))
+    model, tensors = read_checkpoint(saved), weights_of(saved)
+    assert {parameter.dtype for parameter in model.parameters()} == {read}
+    for tensor in hf_tensors(WITH_MTP):
+        assert torch.equal(
+            tensor.pack(model.state_dict()), tensors[tensor.name].to(model.state_dict()[tensor.parts[0].name].dtype)
+        )
+
+
+def test_one_wide_tensor_makes_all_wide(saved: Path) -> None:
+    change_weights(
+        saved, lambda tensors: tensors.update({n: t.bfloat16() for n, t in tensors.items() if "norm" not in n})
+    )
+    assert read_checkpoint(saved).lm_head.weight.dtype == torch.float32
+    assert read_checkpoint(saved, torch.bfloat16).model.norm.weight.dtype == torch.bfloat16
+
+
+# What lies beside the weights
+
+
+class TwoFiles:
+    def save(self, folder: Path) -> None:
+        (folder / "tokenizer.json").write_text("{}")
+        (folder / "tokenizer_config.json").write_text("{}")
+
+
+def test_the_files_of_a_checkpoint(tmp_path: Path) -> None:
+    config = tiny(num_nextn_predict_layers=1, auto_map={"AutoConfig": "x.Y"}, quantization_config={}, use_cache=True)
+    model = Transformer(config, torch.bfloat16)
+    model.load_state_dict(filled(WITH_MTP).state_dict())
+    write_checkpoint(model, tmp_path / "a", TwoFiles(), {"do_sample": True, "temperature": 0.6})
+    assert sorted(file.name for file in (tmp_path / "a").iterdir()) == [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    raw = json.loads((tmp_path / "a" / "config.json").read_text())
+    assert (raw["torch_dtype"], raw["num_nextn_predict_layers"], raw["use_cache"]) == ("bfloat16", 1, True)
+    assert not raw.keys() & {"auto_map", "quantization_config"}  # they speak of files that are not here
+    settings = json.loads((tmp_path / "a" / "generation_config.json").read_text())
+    assert settings == {"bos_token_id": 0, "eos_token_id": 1, "do_sample": True, "temperature": 0.6}
+
+
+def test_an_older_checkpoint_is_replaced_whole(tmp_path: Path) -> None:
+    write_checkpoint(filled(WITH_MTP), tmp_path / "a", TwoFiles(), shard_bytes=5_000)
+    newer = filled(WITH_MTP, seed=1)
+    write_checkpoint(newer, tmp_path / "a")
+    assert sorted(file.name for file in (tmp_path / "a").iterdir()) == [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+    ]
+    assert_same(read_checkpoint(tmp_path / "a"), newer)
+    assert [file.name for file in tmp_path.iterdir()] == ["a"]
+
+
+def test_nothing_but_a_checkpoint_is_replaced(saved: Path) -> None:
+    (saved / "thesis.tex").write_text("years of work")
+    (saved / "model.py").mkdir()
+    with pytest.raises(UserError, match=r"holds something other than a checkpoint. Got: model.py, thesis.tex"):
+        write_checkpoint(filled(WITH_MTP), saved)
+    with pytest.raises(UserError, match=r"Got: thesis.tex. .*choose a new folder"):
+        write_checkpoint(filled(WITH_MTP), saved / "thesis.tex")
+    assert (saved / "thesis.tex").read_text() == "years of work"
+
+
+# transformers
+
+
+def trunk_only(config: ModelConfig) -> ModelConfig:
+    return config.replace(num_nextn_predict_layers=0)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [tiny(n_group=4, topk_group=2), WITH_MTP, tiny(q_lora_rank=None, num_nextn_predict_layers=2), tiny(V2)],
+    ids=["V3", "V3 with MTP", "two MTP modules, no query compression", "V2"],
+)
+@pytest.mark.parametrize("shard_bytes", [5_000, 2**30], ids=["shards", "one file"])
+def test_transformers_opens_an_export(tmp_path: Path, config: ModelConfig, shard_bytes: int) -> None:
+    """Nothing missing, nothing unexpected but the MTP layers, the same logits."""
+    model, tokens = filled(config), some_tokens(config, 40)
+    write_checkpoint(model, tmp_path / "export", shard_bytes=shard_bytes)
+    theirs, info = AutoModelForCausalLM.from_pretrained(tmp_path / "export", output_loading_info=True)
+    unexpected = info.pop("unexpected_keys")
+    assert not any(info.values())
+    assert all(is_mtp(name, config) for name in unexpected)
+    assert bool(unexpected) == bool(config.num_nextn_predict_layers)
+    assert distance(our_logits(model, tokens), their_logits(theirs, tokens)) <= CLOSE
+
+
+@torch.no_grad()
+def test_transformers_drafts_with_exported_mtp_modules(tmp_path: Path) -> None:
+    """Its MTP reader takes our layers past the last by name, and both chains give the same logits."""
+    config = tiny(num_nextn_predict_layers=2)
+    model, tokens_T = filled(config), torch.tensor(some_tokens(config, 20))
+    write_checkpoint(model, tmp_path / "export", shard_bytes=5_000)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "export")
+    theirs._keys_to_ignore_on_load_unexpected = {r"model\.layers\.[23]\."}  # by default it looks for V3's layer 61
+    predictors = MtpModel.from_pretrained(theirs)
+    positions_T = torch.arange(20)
+    hidden_TD, _ = model(tokens_T, positions_T, PackedAttend([20]), GroupedDispatch())
+    their_hidden = theirs.model(tokens_T[None], use_cache=False).last_hidden_state
+    for depth in (0, 1):
+        left = 19 - depth
+        next_T, at_T = tokens_T[depth + 1 :], positions_T[:left]
+        hidden_TD, _ = model.draft(depth, hidden_TD[:left], next_T, at_T, PackedAttend([left]), GroupedDispatch())
+        their_hidden = predictors.forward_layer(depth, their_hidden[:, :left], at_T[None], None, input_ids=next_T[None])
+        assert distance(model.draft_head(depth, hidden_TD), theirs.lm_head(their_hidden)[0]) <= CLOSE
+
+
+def of_transformers(config: ModelConfig) -> DeepseekV2ForCausalLM | DeepseekV3ForCausalLM:
+    """transformers' own random model of our tiny configuration, with biases that matter."""
+    torch.manual_seed(0)
+    v2 = config.model_type == "deepseek_v2"
+    kind, build = (DeepseekV2Config, DeepseekV2ForCausalLM) if v2 else (DeepseekV3Config, DeepseekV3ForCausalLM)
+    model = build(kind(**config.to_hf())).eval()
+    for name, tensor in model.state_dict().items():
+        if name.endswith(("norm.weight", "layernorm.weight")):
+            tensor.uniform_(0.5, 1.5)
+        else:
+            tensor.normal_(std=0.2)
+    return model
+
+
+@pytest.mark.parametrize(
+    "config", [tiny(), tiny(q_lora_rank=None), tiny(V2)], ids=["V3", "V3 without query compression", "V2 greedy"]
+)
+@pytest.mark.parametrize("shard_size", ["10KB", "5GB"])
+def test_what_transformers_saves_is_read(tmp_path: Path, config: ModelConfig, shard_size: str) -> None:
+    theirs, tokens = of_transformers(config), some_tokens(config, 40)
+    theirs.save_pretrained(tmp_path, max_shard_size=shard_size)
+    assert (tmp_path / files.INDEX).exists() == (shard_size == "10KB")
+    ours = read_checkpoint(tmp_path)
+    assert distance(our_logits(ours, tokens), their_logits(theirs, tokens)) <= CLOSE
+
+
+def test_what_transformers_saves_in_bfloat16_is_read(tmp_path: Path) -> None:
+    theirs = of_transformers(tiny()).to(torch.bfloat16)
+    theirs.save_pretrained(tmp_path)
+    ours, tensors = read_checkpoint(tmp_path), weights_of(tmp_path)
+    assert ours.lm_head.weight.dtype == torch.bfloat16
+    packed = {tensor.name: tensor.pack(ours.state_dict()) for tensor in hf_tensors(ours.config)}
+    assert packed.keys() == tensors.keys()
+    assert all(torch.equal(packed[name], tensors[name].to(packed[name].dtype)) for name in tensors)
+
+
+def test_transformers_announces_an_mtp_module_that_it_does_not_save(tmp_path: Path) -> None:
+    """It drops the module of a checkpoint, and its configuration says there is one all the same."""
+    write_checkpoint(filled(WITH_MTP), tmp_path / "with")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "with").save_pretrained(tmp_path / "without")
+    with pytest.raises(UserError, match=r"announces MTP modules .*as after saving with transformers.*without_mtp=True"):
+        read_checkpoint(tmp_path / "without")
+    read = read_checkpoint(tmp_path / "without", without_mtp=True)
+    assert read.config.num_nextn_predict_layers == 0
+    assert_same(
+        read,
+        our_model(trunk_only(WITH_MTP), {n: t for n, t in random_weights(WITH_MTP).items() if not is_mtp(n, WITH_MTP)}),
+    )
+
+
+# Folders that must be refused
+
+
+def drop(*names: str) -> Callable[[Path], None]:
+    return lambda folder: change_weights(folder, lambda tensors: [tensors.pop(name) for name in names])
+
+
+def put(**tensors: Tensor) -> Callable[[Path], None]:
+    named = {name.replace("__", "."): tensor for name, tensor in tensors.items()}
+    return lambda folder: change_weights(folder, lambda present: present.update(named))
+
+
+def poison(name: str, value: float, count: int) -> Callable[[Path], None]:
+    def change(tensors: dict[str, Tensor]) -> None:
+        tensors[name].view(-1)[1 : count + 1] = value
+
+    return lambda folder: change_weights(folder, change)
+
+
+EXPERT = "model.layers.2.mlp.experts.7.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (drop("lm_head.weight", BIAS), rf"2 missing \({BIAS}, lm_head.weight\)"),
+        (put(model__layers__0__bias=torch.ones(1)), r"1 left over \(model.layers.0.bias\)"),
+        (put(model__norm__weight=torch.ones(33)), r"1 of another shape \(model.norm.weight is \[33\], not \[32\]\)"),
+        (
+            poison("lm_head.weight", float("nan"), 3),
+            r"lm_head.weight holds numbers that are not finite. Got: 3 of 1,536",
+        ),
+        (poison(EXPERT, float("inf"), 1), f"{EXPERT} holds numbers that are not finite. Got: 1 of 512"),
+        (poison(BIAS, float("-inf"), 2), f"{BIAS} holds numbers that are not finite. Got: 2 of 8"),
+        (
+            poison("model.layers.2.embed_tokens.weight", 9.0, 4),
+            r"is not a copy of model.embed_tokens.weight. Got: 4 of",
+        ),
+        (
+            lambda folder: change_config(folder, hidden_size=64),
+            r"of another shape \(model.embed_tokens.weight is \[48, 32\]",
+        ),
+        (lambda folder: change_config(folder, num_hidden_layers=3, num_nextn_predict_layers=0), "7 left over"),
+        (lambda folder: change_config(folder, num_nextn_predict_layers=2), "holds.*whole.*without_mtp=True"),
+        (
+            lambda folder: change_config(folder, num_nextn_predict_layers=0),
+            "more MTP modules than config.json announces",
+        ),
+        (lambda folder: change_config(folder, rope_theta=-1), "rope_theta"),
+        (lambda folder: (folder / "config.json").unlink(), r"There is no .*config.json"),
+        (lambda folder: (folder / files.SINGLE).unlink(), "holds no weights that can be read"),
+        (lambda folder: os.truncate(folder / files.SINGLE, 30_000), "is cut short. Got: 30,000 of"),
+    ],
+)
+def test_broken_checkpoints(saved: Path, damage: Callable[[Path], Any], message: str) -> None:
+    damage(saved)
+    with pytest.raises(UserError, match=message):
+        read_checkpoint(saved)
+
+
+def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"There is no folder .*deepseek-v3.*has to be downloaded first"):
+        read_checkpoint(tmp_path / "deepseek-v3")
+
+
+def test_weights_that_are_not_finite_can_be_looked_at(saved: Path) -> None:
+    poison("lm_head.weight", float("nan"), 3)(saved)
+    assert int(read_checkpoint(saved, check_finite=False).lm_head.weight.isnan().sum()) == 3
+
+
+def test_mtp_modules_can_be_left_out(saved: Path) -> None:
+    model, read = filled(WITH_MTP), read_checkpoint(saved, without_mtp=True)
+    assert len(read.mtp) == 0
+    assert torch.equal(our_logits(read, [1, 2, 3]), our_logits(model, [1, 2, 3]))
+
+
+# Disks that are full
+
+
+class FullDisk:
+    """A tokenizer for which there is no room."""
+
+    def save(self, folder: Path) -> None:
+        with open("/dev/full", "w") as handle:
+            handle.write("{}")
+
+
+class CtrlC:
+    def save(self, folder: Path) -> None:
+        raise KeyboardInterrupt
+
+
+@contextmanager
+def file_size_limit(size: int) -> Iterator[None]:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def assert_untouched(saved: Path) -> None:
+    assert_same(read_checkpoint(saved), filled(WITH_MTP))
+    assert [file.name for file in saved.parent.iterdir()] == [saved.name]
+
+
+def test_a_disk_that_fills_up_leaves_the_older_checkpoint(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def on_full_disk(file: Path, mode: str) -> Any:
+        return open("/dev/full" if file.name == "model-00003-of-00013.safetensors" else file, mode)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "open", on_full_disk, raising=False)
+        with pytest.raises(UserError, match=r"The disk is full while writing .*saved"):
+            write_checkpoint(filled(WITH_MTP, seed=1), saved, shard_bytes=10_000)
+    assert_untouched(saved)
+    with pytest.raises(UserError, match=r"The disk is full while writing .*saved"):
+        write_checkpoint(filled(WITH_MTP, seed=1), saved, FullDisk())
+    assert_untouched(saved)
+
+
+def test_a_file_size_limit_leaves_the_older_checkpoint(saved: Path) -> None:
+    with file_size_limit(20_000), pytest.raises((OSError, UserError)):
+        write_checkpoint(filled(WITH_MTP, seed=1), saved)
+    assert_untouched(saved)
+
+
+def test_ctrl_c_while_saving_leaves_the_older_checkpoint(saved: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        write_checkpoint(filled(WITH_MTP, seed=1), saved, CtrlC())
+    assert_untouched(saved)

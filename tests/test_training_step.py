@@ -13,8 +13,11 @@ from torch import Tensor
 from cavelight.data.batches import IGNORE, Batch
 from cavelight.model.transformer import Transformer
 from cavelight.spec.config import ModelConfig
+from cavelight.spec.recipe import TrainSection
 from cavelight.train.balance import update_biases
 from cavelight.train.loss import Losses, losses
+from cavelight.train.optim import Optimizer
+from cavelight.train.step import train_step
 
 from .reference import report, training
 from .reference.ours import in_hf_names, our_model
@@ -130,19 +133,23 @@ def test_counts_and_biases_after_the_step_equal_the_restatement(name: str, acros
         assert not torch.equal(found[bias], weights_of(name)[bias])
 
 
-def test_micro_batches_add_up_to_the_step() -> None:
+def test_a_step_of_micro_batches_equals_the_restatement() -> None:
+    """Sums add up to the step's, the gradient's norm is the whole one, and the biases move once, by all counts."""
     name = "v3, one module"
-    step, wanted = expected(name, False)
     config, rows = CONFIGS[name], rows_of(CONFIGS[name])
-    labels = sum(len(training.Tokens.of(row).labelled(0)) for row in rows)
+    recipe = TrainSection(mtp_weight=MTP_WEIGHT, balance_alpha=BALANCE_ALPHA, bias_speed=BIAS_SPEED)
+    step, wanted = expected(name, False)
     model = our_model(config, weights_of(name))
-    total = 0.0
-    for row in rows:
-        part = losses(model, our_batch([row], config, False), labels, len(rows)).total(MTP_WEIGHT, BALANCE_ALPHA)
-        part.backward()
-        total += part.item()
-    assert total == pytest.approx(step.loss.item(), abs=1e-5)
-    assert_gradients_equal(gradients_in_hf_names(model), wanted)
+    micro_batches = [our_batch([row], config, False) for row in rows]
+    result = train_step(model, Optimizer(model, recipe), micro_batches, recipe, learning_rate=0.0)
+    norm = sum(float((gradient**2).sum()) for gradient in wanted.values()) ** 0.5
+    assert result.loss == pytest.approx(step.main.item(), abs=1e-5)
+    assert result.mtp_loss == pytest.approx(step.mtp[0].item(), abs=1e-5)
+    assert result.balance_loss * BALANCE_ALPHA == pytest.approx(step.balance.item(), abs=1e-6)
+    assert result.grad_norm == pytest.approx(norm, rel=1e-5)
+    found = in_hf_names(config, dict(model.state_dict()))
+    for bias, wanted_E in training.updated_biases(weights_of(name), step.counts, BIAS_SPEED).items():
+        torch.testing.assert_close(found[bias], wanted_E, rtol=0, atol=1e-7)
 
 
 def test_one_sequence_is_divided_as_the_report_says() -> None:

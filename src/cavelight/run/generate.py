@@ -25,7 +25,7 @@ from cavelight.spec.config import ModelConfig
 Drafts = int | Literal["auto"]
 GREEDY = Sampling()
 CHUNK = 512  # prompt tokens that go through at once
-TIMED_STEPS = (1, 3, 5)  # of a speculating run, the steps made plain to measure them; later one in PERIOD
+TIMED_STEPS = (2, 4, 6)  # of a speculating run, the steps made plain to measure them; later one in PERIOD
 PERIOD = 64
 ROOM = 256  # new tokens that the cache has room for from the start
 

@@ -47,9 +47,9 @@ class TrainSection(_Section):
     init_std: PositiveFloat = 0.006
     learning_rate: PositiveFloat = 2.2e-4
     final_learning_rate: NonNegativeFloat = 2.2e-5
-    warmup_steps: int = Field(2000, ge=0)
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.95, ge=0, lt=1)
+    warmup_steps: int = Field(default=2000, ge=0)
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.95, ge=0, lt=1)
     weight_decay: NonNegativeFloat = 0.1
     clip_norm: PositiveFloat = 1.0
     mtp_weight: NonNegativeFloat = 0.3  # lambda
@@ -105,7 +105,7 @@ class Recipe(_Section):
     def config(self) -> ModelConfig:
         """The model: the preset with the overrides in place, validated as a whole."""
         base = preset(self.model.preset)
-        return ModelConfig.from_hf(base.to_hf() | self.model.overrides) if self.model.overrides else base
+        return base.replace(**self.model.overrides)
 
 
 def _parse(path: Path) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""Looking: what a run, its drafts and a model are, as pictures. Matplotlib is met when something is drawn."""
