@@ -1,9 +1,12 @@
 """Tiny models to generate with: random ones, and ones whose drafts are often right."""
 
 import torch
+from torch import Tensor
 
+from cavelight.model.router import Routing
 from cavelight.model.transformer import Transformer
 from cavelight.spec.config import ModelConfig
+
 from .reference.tiny import tiny
 
 
@@ -49,6 +52,37 @@ def drafting_model(config: ModelConfig, seed: int = 0, surprise: float = 0.5) ->
 def some_prompts(config: ModelConfig, count: int, longest: int = 12) -> list[list[int]]:
     """Prompts of every length from 1 on."""
     generator = torch.Generator().manual_seed(1)
-    return [
-        torch.randint(config.vocab_size, (1 + n % longest,), generator=generator).tolist() for n in range(count)
-    ]
+    return [torch.randint(config.vocab_size, (1 + n % longest,), generator=generator).tolist() for n in range(count)]
+
+
+class TableModel:
+    """Stands in for a Transformer where thousands of generations are needed: its logits are looked up.
+
+    The trunk's logits hang on the token and the position, a module's on its token, the position and how often it was
+    applied to its own output. Nothing of it uses the cache.
+    """
+
+    def __init__(self, V: int, modules: int, seed: int = 0) -> None:
+        self.config = small_config(
+            vocab_size=V, num_nextn_predict_layers=modules, bos_token_id=0, max_position_embeddings=16
+        )
+        source = torch.Generator().manual_seed(seed)
+        self.trunk_PVV = 1.5 * torch.randn(16, V, V, generator=source)
+        self.modules_DPVV = 1.5 * torch.randn(modules, 16, V, V, generator=source)
+        self.lm_head = torch.nn.Linear(1, V)
+        self.model = torch.nn.Module()
+        self.model.layers = torch.nn.ModuleList()
+
+    def __call__(self, tokens_T: Tensor, positions_T: Tensor, *_: object) -> tuple[Tensor, list[Routing]]:
+        return self.trunk_PVV[positions_T, tokens_T], []
+
+    def head(self, hidden_TD: Tensor) -> Tensor:
+        return hidden_TD
+
+    def draft(
+        self, depth: int, hidden_TD: Tensor, tokens_T: Tensor, positions_T: Tensor, *_: object, after: int
+    ) -> tuple[Tensor, list[Routing]]:
+        return self.modules_DPVV[depth, positions_T, tokens_T] + 0.3 * hidden_TD, []
+
+    def draft_head(self, depth: int, hidden_TD: Tensor) -> Tensor:
+        return hidden_TD

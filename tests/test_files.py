@@ -227,7 +227,7 @@ def test_a_folder_without_weights(tmp_path: Path) -> None:
         Safetensors(tmp_path)
 
 
-@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_damaged_bytes_never_crash(tmp_path: Path, data: st.DataObject) -> None:
     """Whatever bytes change, the file is read as something or refused with a sentence."""

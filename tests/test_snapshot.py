@@ -292,7 +292,7 @@ def test_transformers_announces_an_mtp_module_that_it_does_not_save(tmp_path: Pa
     """It drops the module of a checkpoint, and its configuration says there is one all the same."""
     write_checkpoint(filled(WITH_MTP), tmp_path / "with")
     AutoModelForCausalLM.from_pretrained(tmp_path / "with").save_pretrained(tmp_path / "without")
-    with pytest.raises(UserError, match=r"announces MTP modules .*as after saving with transformers.*without_mtp=True"):
+    with pytest.raises(UserError, match=r"announces MTP modules .*transformers for one drops them.*without_mtp=True"):
         read_checkpoint(tmp_path / "without")
     read = read_checkpoint(tmp_path / "without", without_mtp=True)
     assert read.config.num_nextn_predict_layers == 0
@@ -344,8 +344,11 @@ EXPERT = "model.layers.2.mlp.experts.7.up_proj.weight"
             lambda folder: change_config(folder, hidden_size=64),
             r"of another shape \(model.embed_tokens.weight is \[48, 32\]",
         ),
-        (lambda folder: change_config(folder, num_hidden_layers=3, num_nextn_predict_layers=0), "7 left over"),
-        (lambda folder: change_config(folder, num_nextn_predict_layers=2), "holds.*whole.*without_mtp=True"),
+        (lambda folder: change_config(folder, num_hidden_layers=3, num_nextn_predict_layers=0), "6 left over"),
+        (
+            lambda folder: change_config(folder, num_nextn_predict_layers=2),
+            "42 missing.*not in the checkpoint, or not whole.*without_mtp=True",
+        ),
         (
             lambda folder: change_config(folder, num_nextn_predict_layers=0),
             "more MTP modules than config.json announces",
@@ -368,7 +371,8 @@ def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
 
 
 def test_weights_that_are_not_finite_can_be_looked_at(saved: Path) -> None:
-    poison("lm_head.weight", float("nan"), 3)(saved)
+    for name in ("lm_head.weight", "model.layers.2.shared_head.head.weight"):  # the copy is as broken
+        poison(name, float("nan"), 3)(saved)
     assert int(read_checkpoint(saved, check_finite=False).lm_head.weight.isnan().sum()) == 3
 
 
@@ -411,7 +415,7 @@ def assert_untouched(saved: Path) -> None:
 
 def test_a_disk_that_fills_up_leaves_the_older_checkpoint(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def on_full_disk(file: Path, mode: str) -> Any:
-        return open("/dev/full" if file.name == "model-00003-of-00013.safetensors" else file, mode)
+        return open("/dev/full" if file.name.startswith("model-00003-") else file, mode)
 
     with monkeypatch.context() as patch:
         patch.setattr(files, "open", on_full_disk, raising=False)

@@ -89,8 +89,11 @@ def train(
 def evaluate(
     model: Checkpoint,
     corpus: Annotated[
-        str, typer.Option("--data", help="stdlib, or a file, folder or glob of text or JSONL; held-out part of it.")
-    ] = "stdlib",
+        str | None,
+        typer.Option(
+            "--data", metavar="PATH", help="File, folder or glob whose held-out part is read; else the run's."
+        ),
+    ] = None,
     dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:

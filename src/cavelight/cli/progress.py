@@ -77,6 +77,8 @@ def sentence_of(event: Event) -> str:
             return text
         case Saved(path, why):
             return f"saved {path} ({why})"
+        case Phase(name, done, total, "B"):
+            return f"{name}: {done / 1e6:.1f} of {total / 1e6:.1f} MB"
         case Phase(name, done, total, unit):
             return f"{name}: {done:,} of {total:,} {unit}"
         case Evaluated(step, bits, whole):

@@ -91,19 +91,19 @@ def tokenize(
     split_line_ends: float = 0.0,
     group_bytes: int = 2 << 20,
 ) -> TokenStore:
-    """The tokens of `part`, from `cache_dir` if they were made there from the same files with the same tokenizer.
+    """The tokens of `part`, from `cache_dir` if they were kept there for the same files and the same tokenizer.
 
     `progress` hears the bytes done and their (estimated) total. With `split_line_ends` that share of the tokens which
     hold signs and a line's end are written as two, so that a model also meets a line that breaks off before its end (V3
     report, section 4.1). Raises UserError when the part holds no text.
     """
-    folder = Path(cache_dir) / part.part
     key = sha256(repr((1, part.fingerprint, part.part, tokenizer.fingerprint, split_line_ends)).encode()).hexdigest()
+    folder = Path(cache_dir) / f"tokens-{part.part}-{key[:16]}"
     if (store := TokenStore.read(folder, key)) is not None:
         return store
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
     loosen = _line_end_splitter(tokenizer, split_line_ends)
-    starts, text_bytes = [0], []
+    starts, text_bytes, done = [0], [], 0
     with folder_beside(folder) as scratch:
         with open(scratch / "tokens.bin", "wb") as handle:
             for group in _groups(part, group_bytes):
@@ -113,7 +113,8 @@ def tokenize(
                     handle.write(document.tobytes())
                     starts.append(starts[-1] + len(document))
                     text_bytes.append(len(text.encode()))
-                progress(min(sum(text_bytes), part.size), part.size)
+                    done += text_bytes[-1]
+                progress(min(done, part.size), part.size)
         if not text_bytes:
             raise UserError(f"The {part.part} part of the corpus is empty", got="no document with text", do="add text")
         np.save(scratch / "starts.npy", np.array(starts, np.int64))
@@ -131,9 +132,9 @@ class Batches:
     """Batches of a store by number: `batch(step)` is the same whenever and wherever it is asked for.
 
     A row is a window of L + 1 consecutive tokens of the store, seen as a ring of documents; the first L are inputs.
-    Each epoch the ring is cut at another place and its windows come in another order. Within an epoch every token is
-    a row's label or at least its context once, but for fewer than L. `depths` is the number of MTP modules, J - 1.
-    With `mask_documents` a token sees only its own document, else all before it in its row (as V3's pre-training).
+    Each epoch cuts the ring at another place and takes its windows in another order; within an epoch each token is
+    met once as the next token of its row, but for fewer than L. `depths` is the number of MTP modules, J - 1. With
+    `mask_documents` a token sees only its own document, else all before it in its row (as in V3's pre-training).
     """
 
     def __init__(
@@ -168,25 +169,24 @@ class Batches:
     def _shuffled(self, epoch: int) -> Int64:
         """Where each row of an epoch starts. Raw generator output is sorted, which no version of numpy changes."""
         seeds = np.random.SeedSequence((self.seed % (1 << 64), epoch))
-        shift, *keys = np.random.PCG64(seeds).random_raw(self.rows_per_epoch + 1)
-        order = np.argsort(np.array(keys, np.uint64), kind="stable")
-        return int(shift) % len(self.store) + order * self.row_length
+        draws = np.random.PCG64(seeds).random_raw(self.rows_per_epoch + 1)
+        order = np.argsort(draws[1:], kind="stable")
+        return int(draws[0]) % len(self.store) + order * self.row_length
 
 
 def evaluation_windows(
     store: TokenStore,
     length: int,
     stride: int,
-    depths: int = 0,
     tokens_per_batch: int = 8192,
     limit_bytes: int | None = None,
 ) -> tuple[Iterator[Batch], int]:
-    """Batches in which every token of every document but the first is a label exactly once, and the text's bytes.
+    """Batches in which each token of a document but the first is a label exactly once (J = 1), and the text's bytes.
 
     Each row is a window of at most `length` tokens of one document and moves on by `stride`; only its new targets are
-    labels, so each has at least length - stride tokens of context, or its whole document so far. Bits per byte are the
-    sum of -log2 p over the labels (end tokens included), divided by the bytes. A batch has up to `tokens_per_batch`
-    tokens, or one row. With `limit_bytes`, a fixed choice of whole documents of about that size together.
+    labels, so each is told from at least length - stride + 1 tokens, or from its whole document so far. Bits per byte
+    are the sum of -log2 p over the labels (end tokens included), divided by the bytes. A batch has `tokens_per_batch`
+    tokens at most, or one row. With `limit_bytes`, a fixed choice of whole documents of about that size together.
     """
     if not 1 <= stride <= length:
         raise ValueError(f"stride {stride} is not between 1 and length {length}")
@@ -194,7 +194,7 @@ def evaluation_windows(
 
     def batches() -> Iterator[Batch]:
         rows: list[_Row] = []
-        for row in _evaluation_rows(store, documents, length, stride, depths):
+        for row in _evaluation_rows(store, documents, length, stride):
             if rows and sum(len(other.tokens) for other in rows) + len(row.tokens) > tokens_per_batch:
                 yield _pack(rows)
                 rows = []
@@ -218,9 +218,8 @@ class _Row:
         for depth in range(min(1 + depths, length)):
             same = documents[depth + 1 :] == documents[: length - depth]
             targets[: length - depth, depth] = np.where(same, tokens[depth + 1 :], IGNORE)
-        borders = np.flatnonzero(np.diff(documents[:-1])) + 1 if mask_documents else []
-        segments = np.diff([0, *borders, length])
-        return cls(tokens[:-1], targets, tuple(segments.tolist()))
+        borders = (np.flatnonzero(np.diff(documents[:-1])) + 1).tolist() if mask_documents else []
+        return cls(tokens[:-1], targets, tuple(np.diff([0, *borders, length]).tolist()))
 
 
 def _pack(rows: list[_Row]) -> Batch:
@@ -234,7 +233,7 @@ def _pack(rows: list[_Row]) -> Batch:
     )
 
 
-def _evaluation_rows(store: TokenStore, documents: Int64, length: int, stride: int, depths: int) -> Iterator[_Row]:
+def _evaluation_rows(store: TokenStore, documents: Int64, length: int, stride: int) -> Iterator[_Row]:
     for document in documents:
         start, stop = store.starts_M1[document : document + 2]
         begin = labelled = 0  # the window's first token; the last token that has been a label
@@ -242,7 +241,7 @@ def _evaluation_rows(store: TokenStore, documents: Int64, length: int, stride: i
         while labelled < last:
             end = min(begin + length, last)
             tokens = store.tokens_N[start + begin : start + end + 1].astype(np.int64)
-            row = _Row.cut(tokens, np.zeros_like(tokens), depths, mask_documents=False)
+            row = _Row.cut(tokens, np.zeros_like(tokens), depths=0, mask_documents=False)
             row.targets[: labelled - begin] = IGNORE
             yield row
             begin, labelled = begin + stride, end
@@ -290,11 +289,7 @@ def _line_end_splitter(tokenizer: Tokenizer, share: float) -> Callable[[str, lis
         # Drawn from the document's name, so that neither order nor grouping matters.
         seed = int.from_bytes(sha256(name.encode("utf-8", "surrogateescape")).digest()[:8], "little")
         draws = np.random.PCG64(seed).random_raw(len(ids)) < share * 2.0**64
-        return [
-            part
-            for token_id, drawn in zip(ids, draws, strict=True)
-            for part in (halves.get(token_id) if drawn else None) or (token_id,)
-        ]
+        return [piece for i, drawn in zip(ids, draws, strict=True) for piece in (halves.get(i, [i]) if drawn else [i])]
 
     return split if halves else lambda name, ids: ids
 

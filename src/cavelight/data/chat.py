@@ -49,7 +49,7 @@ class ChatTemplate:
             tree = environment.parse(source)
             _mark_written(tree, mark)
             self._marked = environment.from_string(tree, {name: mark(text) for name, text in variables.items()})
-            self._plain = environment.from_string(source, variables)
+            self._plain = environment.from_string(source, dict(variables))
         except jinja2.TemplateError as error:
             raise UserError("The chat template cannot be read", got=str(error), do="mend chat_template") from error
 

@@ -53,7 +53,7 @@ class Source:
 
 @dataclass(frozen=True)
 class HoldOut:
-    """The rule of division: one name in `every` is held out, by its hash; `moved` is on the other side than its hash."""
+    """The rule of division: one name in `every` is held out, by its hash; `moved` is on the side its hash is not."""
 
     every: int
     moved: str | None = None
@@ -215,21 +215,20 @@ def _xz_bytes(texts: Iterable[bytes]) -> int:
 def _corpus(name: str, sources: list[Source], rule: HoldOut, text_key: str = "text") -> Corpus:
     """Divide `sources`; where the hash puts every document on one side, the last one is moved to the other."""
     sources.sort(key=lambda source: source.name)
-    sides: set[bool] = set()
-    count, last = 0, ""
-    for count, last in enumerate(_names(sources, rule.every), start=1):
-        sides.add(rule(last))
-        if len(sides) == 2:  # which takes a few dozen names at most, mostly
+    names: list[str] = []
+    for document in _names(sources, rule.every):
+        names.append(document)
+        if rule(document) != rule(names[0]):  # both sides have one, mostly within a few dozen names
             break
     else:
-        if count < 2:
+        if len(names) < 2:
             raise UserError(
-                f"The corpus {name} is {'too small' if count else 'empty'}",
-                got="a single line or document" if count else "no text",
+                f"The corpus {name} is {'too small' if names else 'empty'}",
+                got="a single line or document" if names else "no text",
                 why="some is to be learnt from, and some held out",
                 do="give more text",
             )
-        rule = replace(rule, moved=last)
+        rule = replace(rule, moved=names[-1])
     state = [(source.name, source.kind, source.size, source.path.stat().st_mtime_ns) for source in sources]
     fingerprint = hashlib.sha256(repr((1, rule.every, text_key, state)).encode()).hexdigest()
     train, held = (Documents(part, tuple(sources), rule, fingerprint, text_key) for part in ("train", "held"))

@@ -258,7 +258,7 @@ class StreamDecoder:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE of exactly `vocab_size` ids: SPECIAL_TOKENS, the 256 bytes, merges. The same texts give the same.
+    """A byte-level BPE of exactly `vocab_size` ids: SPECIAL_TOKENS, the 256 bytes, merges; the same for the same texts.
 
     A corpus too small for that many merges is said aloud, and the ids that remain are named `<｜unused▁n｜>`.
     """

@@ -33,15 +33,15 @@ class Series:
     max_vio_PM: Floats
     load_ME: Floats
     seconds: float
-    looks: tuple[tuple[int, float], ...]  # (step, held-out bits per byte)
-    final_bits: float | None  # over all held-out text, where the run got so far
+    looks: tuple[tuple[int, float], ...]  # (step, held-out bits per byte), each at the same small sample
+    final: tuple[int, float] | None  # the same over all held-out text, where the run got so far
 
     @classmethod
     def of(cls, metrics: Sequence[Mapping[str, Any]]) -> Self:
         """From the lines of a metrics.jsonl, as train.state.read_metrics returns them."""
         steps = [line for line in metrics if line["kind"] == "step"]
         looks = [line for line in metrics if line["kind"] == "evaluated"]
-        whole = [line["bits_per_byte"] for line in looks if line["whole"]]
+        whole = [(line["step"], line["bits_per_byte"]) for line in looks if line["whole"]]
         return cls(
             step_P=np.array([line["step"] for line in steps], dtype=np.int64),
             tokens_P=np.array([line["tokens"] for line in steps], dtype=np.int64),
@@ -52,8 +52,8 @@ class Series:
             max_vio_PM=_finite([line["max_vio"] for line in steps]).reshape(len(steps), -1 if steps else 0),
             load_ME=_load([line["counts"] for line in steps[-last_tenth(len(steps)) :]]),
             seconds=steps[-1]["seconds"] if steps else 0.0,
-            looks=tuple((line["step"], line["bits_per_byte"]) for line in looks),
-            final_bits=whole[-1] if whole else None,
+            looks=tuple((line["step"], line["bits_per_byte"]) for line in looks if not line["whole"]),
+            final=whole[-1] if whole else None,
         )
 
     @property
@@ -69,8 +69,9 @@ class Series:
         return np.asarray((self.load_ME > 0).sum(axis=1))
 
     def tokens_at(self, step: int) -> int:
-        """Tokens seen after `step` steps."""
-        return int(self.tokens_P[np.searchsorted(self.step_P, step, side="right") - 1])
+        """Tokens seen after `step` steps; 0 before the first that was logged."""
+        logged = int(np.searchsorted(self.step_P, step, side="right"))
+        return int(self.tokens_P[logged - 1]) if logged else 0
 
 
 def last_tenth(steps: int) -> int:
@@ -79,15 +80,18 @@ def last_tenth(steps: int) -> int:
 
 
 def smooth(values_P: Floats, most_points: int = MOST_POINTS) -> Floats:
-    """A centred moving average over 1 / most_points of the curve, narrower at its ends; NaN is passed over."""
+    """A moving average over 1 / most_points of the curve; NaN is passed over.
+
+    The window is centred, and where the curve begins it is narrower, so that a steep start keeps its height. At the
+    end it only loses its later half: what one reads there is a mean and no single step.
+    """
     half = len(values_P) // most_points // 2
     known_P = np.isfinite(values_P)
     total = np.concatenate([[0.0], np.cumsum(np.where(known_P, values_P, 0.0))])
     count = np.concatenate([[0], np.cumsum(known_P)])
     place = np.arange(len(values_P))
-    # A window that loses a side at an end loses the other as well, so that the ends of a slope keep their height.
-    reach = np.minimum(half, np.minimum(place, len(values_P) - 1 - place))
-    low, high = place - reach, place + reach + 1
+    reach = np.minimum(half, place)
+    low, high = place - reach, np.minimum(place + reach + 1, len(values_P))
     known = count[high] - count[low]
     return np.where(known > 0, (total[high] - total[low]) / np.maximum(known, 1), np.nan)
 

@@ -7,6 +7,7 @@ matplotlib, and only inside functions; pyplot and the settings of whoever calls 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Literal
 
 from cavelight.disk import file_beside
@@ -76,7 +77,7 @@ def sheet(path: Path, width: float, height: float) -> Iterator["Figure"]:
             figure.savefig(scratch, format=form, dpi=DOTS_PER_INCH, metadata=undated)
 
 
-def heading(figure: "Figure", title: str, facts: Sequence[str] = (), left: float = 0.35) -> None:
+def heading(figure: "Figure", title: str, facts: Sequence[str] = (), left: float = 0.6) -> None:
     """The sheet's title, and facts in grey beneath it; `left` in inches."""
     width, height = figure.get_size_inches()
     figure.text(left / width, 1 - 0.28 / height, title, size=13, weight="bold", va="center")
@@ -104,16 +105,17 @@ def entitle(axes: "Axes", title: str, unit: str = "", grid: Literal["x", "y"] | 
 def say_instead(axes: "Axes", sentence: str) -> None:
     """An empty panel that says why it is empty."""
     axes.set_axis_off()
-    axes.grid(visible=False)
-    axes.text(0.5, 0.5, sentence, transform=axes.transAxes, ha="center", va="center", color=MUTED, style="italic")
+    axes.text(
+        0.5, 0.5, fill(sentence, 40), transform=axes.transAxes, ha="center", va="center", color=MUTED, style="italic"
+    )
 
 
 def count_axis(axis: "Axis", word: str) -> None:
-    """Whole numbers with k, M, B; the word stands at the axis' end."""
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
+    """Whole numbers with k, M, B, and the word for what they count."""
+    from matplotlib.ticker import MaxNLocator
 
-    axis.set_major_locator(MaxNLocator(5, integer=True))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+    axis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 2.5, 5, 10]))
+    axis.set_major_formatter(lambda value, _: short(value))
     axis.set_label_text(word, fontsize=8)
 
 
@@ -138,6 +140,20 @@ def label_lines(axes: "Axes", labels: Sequence[tuple[float, str, str]], size: fl
         axes.text(
             1.02, y, text, transform=axes.transAxes, color=DEEP.get(color, color), size=size, va="center_baseline"
         )
+
+
+def label_levels(axes: "Axes", levels: Sequence[tuple[float, str]], size: float = 8.0) -> None:
+    """Dashed lines across a panel, each with its words on it at the left, and room for them."""
+    low, high = axes.get_ylim()
+    low, high = min([low, *(y for y, _ in levels)]), max([high, *(y for y, _ in levels)])
+    inches = axes.get_position().height * axes.figure.get_size_inches()[1]
+    line = LINE_HEIGHT * size / 72 / inches
+    low, high = low - 0.05 * (high - low), high + 1.4 * line * (high - low)
+    axes.set_ylim(low, high)
+    heights = spread([(y - low) / (high - low) for y, _ in levels], line)
+    for (y, text), height in zip(levels, heights, strict=True):
+        axes.axhline(y, color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
+        axes.text(0.01, height + 0.1 * line, text, transform=axes.transAxes, size=size, va="bottom")
 
 
 def spread(wanted: Sequence[float], gap: float) -> list[float]:
@@ -166,13 +182,13 @@ def shades(count: int) -> list[str]:
     """Blues from light to dark, one for each line of an ordered family."""
     from matplotlib.colors import LinearSegmentedColormap, to_hex
 
-    scale = LinearSegmentedColormap.from_list("shades", ["#9cc3e4", "#3f83bd", "#0b3358"])
+    scale = LinearSegmentedColormap.from_list("shades", ["#5b9bd0", "#1f6299", "#0a2c4d"])
     return [to_hex(scale(i / max(count - 1, 1))) for i in range(count)]
 
 
 def diverging() -> "Colormap":
-    """Blue below the middle, near white at it, amber to brown above."""
+    """Blue below the middle, pale grey at it, amber to brown above."""
     from matplotlib.colors import LinearSegmentedColormap
 
-    colors = ["#0b3e6f", "#3f83bd", "#b5d2e8", "#f6f6f4", "#f6cd8f", "#d97a00", "#7a3b00"]
+    colors = ["#0b3e6f", "#3f83bd", "#b5d2e8", "#eef0f1", "#f6cd8f", "#d97a00", "#7a3b00"]
     return LinearSegmentedColormap.from_list("blue-amber", colors)

@@ -85,8 +85,10 @@ class HFTensor:
 
     def _compare(self, theirs: Tensor, original: Tensor) -> None:
         theirs = theirs.to(original.dtype)
-        if not torch.equal(theirs, original):
-            different = int((theirs != original).sum())
+        if torch.equal(theirs, original):
+            return
+        different = int(((theirs != original) & ~(theirs.isnan() & original.isnan())).sum())
+        if different:
             raise UserError(
                 f"{self.name} is not a copy of {self.parts[0].name}",
                 got=f"{different:,} of {original.numel():,} elements differ",
@@ -175,12 +177,13 @@ def _advice(missing: Sequence[str], left_over: Sequence[str], misshapen: Sequenc
     modules = config.num_nextn_predict_layers
     if not misshapen and not left_over and all(is_mtp(name, config) for name in missing):
         return (
-            f"config.json announces MTP modules (num_nextn_predict_layers is {modules}) that the checkpoint does not "
-            "hold whole, as after saving with transformers: read it without them (without_mtp=True)"
+            f"config.json announces MTP modules (num_nextn_predict_layers is {modules}) that are not in the "
+            "checkpoint, or not whole; transformers for one drops them when it saves: read it without them "
+            "(without_mtp=True)"
         )
     if not misshapen and not missing and all(is_mtp(name, config) for name in left_over):
         return (
-            f"the checkpoint holds more MTP modules than config.json announces (num_nextn_predict_layers is {modules})"
-            ": correct that number, or read the checkpoint without them (without_mtp=True)"
+            "the checkpoint holds more MTP modules than config.json announces (num_nextn_predict_layers is "
+            f"{modules}): correct that number, or read the checkpoint without them (without_mtp=True)"
         )
     return "check that config.json and weights belong together and that the download is complete"

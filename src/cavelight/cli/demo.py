@@ -1,0 +1,224 @@
+"""`cavelight demo`: the tour. Train, export, read back, measure against xz, generate with drafts and without, draw.
+
+Every stage calls what the library offers to everybody; only the choice of prompts and the arithmetic of the
+comparison are the tour's own.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from cavelight.cli.generation import load, show
+from cavelight.cli.progress import screen
+from cavelight.cli.screen import ERR, INTERRUPTED, OUT, say_json
+from cavelight.disk import file_beside
+from cavelight.errors import UserError
+from cavelight.spec.events import Note, Phase
+from cavelight.spec.recipe import Recipe
+
+if TYPE_CHECKING:
+    from cavelight.data.corpus import Corpus, Documents
+    from cavelight.data.tokenizer import Tokenizer
+    from cavelight.model.transformer import Transformer
+    from cavelight.run.stats import Stats
+
+PROMPTS = 8
+PROMPT_CHARACTERS = 1200
+NEW_TOKENS = 96
+FUNCTION = re.compile(r"^ *def \w+\(", re.MULTILINE)
+
+
+def demo(out: Path, minutes: float | None, as_json: bool) -> None:
+    """Leaves a run's folder at `out`, with figures and demo.json. A run that is there already is gone on with."""
+    bits = train(out, minutes, as_json)
+
+    from cavelight.data.corpus import read_corpus
+
+    model, tokenizer = load(out, "float32")  # what the run exported; in float32, tokens are the same with drafts
+    corpus = read_corpus("stdlib")
+    compressed = compress(corpus, as_json)
+    prompts = held_out_prompts(corpus.held)
+    if not as_json:
+        sample(model, tokenizer, prompts[0])
+    speed = compare(model, tokenizer, prompts, as_json)
+    files = draw(out, model, compressed, speed)
+    found = {"bits_per_byte": bits, "xz": compressed, "speed": speed.as_dict(), "files": files}
+    with file_beside(out / "demo.json") as scratch:
+        scratch.write_text(json.dumps(found, indent=2, default=str) + "\n", encoding="utf-8")
+    if as_json:
+        say_json({"kind": "result", **found})
+    else:
+        conclude(out, bits, compressed, speed, files)
+    if not speed.identical:
+        raise typer.Exit(1)
+
+
+def train(out: Path, minutes: float | None, as_json: bool) -> float:
+    """Bits per byte on all held-out text, after training."""
+    from cavelight.train.loop import train as run
+    from cavelight.train.state import RunFolder
+
+    folder = RunFolder(out)
+    resume = folder.state.exists()
+    changes = [f"train.minutes={minutes}"] if minutes else []
+    recipe = Recipe.build(folder.read_recipe().model_dump(), changes) if resume else Recipe.read("demo", changes)
+    if recipe.data.corpus != "stdlib":
+        raise UserError(
+            f"{out} is not a run of the demo", got=f"a run on {recipe.data.corpus}", do="choose another --out"
+        )
+    with screen("Training a small DeepSeek-V3 on the Python standard library", as_json) as listen:
+        if resume:
+            listen(Note(f"{out} holds a run already: going on with it. Delete the folder to start anew."))
+        result = run(recipe, out, listen, resume)
+    if result.bits_per_byte is None:
+        raise typer.Exit(INTERRUPTED)
+    return result.bits_per_byte
+
+
+def compress(corpus: "Corpus", as_json: bool) -> dict[str, float]:
+    """Bits per byte of xz -9e on the held-out modules, alone and after it has seen the training files."""
+    from cavelight.data.corpus import xz_bits_per_byte
+
+    with screen("Compressing the same modules with xz -9e", as_json) as listen:
+        listen(Phase("xz", 0, 2, "runs"))
+        alone = xz_bits_per_byte(corpus.held)
+        listen(Phase("xz", 1, 2, "runs"))
+        seen = xz_bits_per_byte(corpus.held, seen=corpus.train)
+        listen(Phase("xz", 2, 2, "runs"))
+    return {"alone": alone, "seen": seen}
+
+
+def held_out_prompts(held: "Documents") -> list[str]:
+    """Text that ends where a function of a held-out module begins, from PROMPTS modules."""
+    prompts = []
+    for document in held:
+        found = FUNCTION.search(document.text, PROMPT_CHARACTERS)
+        if found:
+            prompts.append(document.text[found.end() - PROMPT_CHARACTERS : found.end()])
+        if len(prompts) == PROMPTS:
+            break
+    return prompts
+
+
+def sample(model: "Transformer", tokenizer: "Tokenizer", prompt: str) -> None:
+    """Stream one continuation to the screen."""
+    from cavelight.api import generate
+
+    OUT.print("\n[bold]It goes on from a held-out module like this:[/]")
+    OUT.print(Text("\n".join(prompt.splitlines()[-8:]), style="dim"), end="", soft_wrap=True)
+    stream = generate(model, tokenizer, prompt, max_new_tokens=NEW_TOKENS)
+    show(stream, [])
+    ERR.print(Text(stream.stats.report(), style="cyan"), soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """The same prompts decoded greedily with drafts and without."""
+
+    with_drafts: dict[str, Any]
+    without: dict[str, Any]
+    identical: bool
+
+    @property
+    def ratio(self) -> float:
+        return float(self.with_drafts["tokens_per_second"] / self.without["tokens_per_second"])
+
+    @property
+    def acceptance(self) -> list[float]:
+        """The share of accepted drafts, one, two, ... places ahead."""
+        both = zip(self.with_drafts["accepted"], self.with_drafts["proposed"], strict=True)
+        return [accepted / proposed for accepted, proposed in both]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**vars(self), "ratio": self.ratio, "acceptance": self.acceptance}
+
+
+def compare(model: "Transformer", tokenizer: "Tokenizer", prompts: Sequence[str], as_json: bool) -> Speed:
+    """Each prompt twice in turn, so that whatever else the machine does meets both alike."""
+    from cavelight.run.generate import TokenStream, begin
+
+    drafted, plain, identical = [], [], True
+    with screen("Generating with the model's own drafts, and without", as_json) as listen:
+        for number, prompt in enumerate(prompts):
+            listen(Phase("prompts", number, len(prompts), "done"))
+            ids = begin(model.config) + tokenizer.encode(prompt)
+            with_drafts = TokenStream(model, ids, max_new_tokens=NEW_TOKENS)
+            without = TokenStream(model, ids, max_new_tokens=NEW_TOKENS, drafts=0)
+            identical &= list(with_drafts) == list(without)
+            drafted.append(with_drafts.stats)
+            plain.append(without.stats)
+        listen(Phase("prompts", len(prompts), len(prompts), "done"))
+    return Speed(together(drafted), together(plain), identical)
+
+
+def together(runs: "Sequence[Stats]") -> dict[str, Any]:
+    """Several generations as one, in the form of Stats.as_dict."""
+    from cavelight.run.stats import Stats
+
+    whole = Stats(prompt_tokens=sum(run.prompt_tokens for run in runs), drafts=max(run.drafts for run in runs))
+    for run in runs:
+        whole.new_tokens += run.new_tokens
+        whole.prefill_seconds += run.prefill_seconds
+        whole.decode_seconds += run.decode_seconds
+        whole.plain_seconds += run.plain_seconds
+        whole.round_seconds += run.round_seconds
+        whole.round_tokens += run.round_tokens
+        whole.settled += run.settled
+        whole.off = whole.off or run.off
+    whole.proposed = [sum(place) for place in zip_longest(*(run.proposed for run in runs), fillvalue=0)]
+    whole.accepted = [sum(place) for place in zip_longest(*(run.accepted for run in runs), fillvalue=0)]
+    decoded = sum(run.new_tokens - 1 for run in runs)  # the first token of each came with its prompt
+    return whole.as_dict() | {"tokens_per_second": decoded / whole.decode_seconds}
+
+
+def draw(out: Path, model: "Transformer", compressed: dict[str, float], speed: Speed) -> dict[str, Path]:
+    """The figures of the tour, by what they show."""
+    from cavelight.see.draw import draw_architecture, draw_run, draw_speculation
+    from cavelight.train.state import RunFolder, read_metrics
+
+    folder = RunFolder(out)
+    files = {name: out / f"{name}.png" for name in ("report", "speculation", "architecture")}
+    reference = {"xz -9e": compressed["alone"], "xz that has seen the training files": compressed["seen"]}
+    draw_run(read_metrics(folder.metrics), files["report"], "A small DeepSeek-V3", reference, model.config)
+    draw_speculation(speed.with_drafts, speed.without, files["speculation"])
+    draw_architecture(model.config, files["architecture"])
+    return {"checkpoint": folder.model, "metrics": folder.metrics, **files}
+
+
+def conclude(out: Path, bits: float, compressed: dict[str, float], speed: Speed, files: dict[str, Path]) -> None:
+    """What was found, and where everything lies."""
+    table = Table(show_header=False, title="What the tour found", title_justify="left")
+    table.add_column(style="cyan")
+    table.add_column(justify="right")
+    table.add_column(style="dim")
+    table.add_row("this model", f"{bits:.3f}", "bits per byte on modules that it never saw")
+    table.add_row("xz -9e", f"{compressed['alone']:.3f}", "on the same modules")
+    table.add_row("xz -9e", f"{compressed['seen']:.3f}", "on the same, having read the training files first")
+    table.add_section()
+    table.add_row("with drafts", f"{speed.with_drafts['tokens_per_second']:.1f}", "tokens a second, greedy")
+    table.add_row(
+        "without", f"{speed.without['tokens_per_second']:.1f}", f"so drafts make it {speed.ratio:.2f} times as fast"
+    )
+    for ahead, share in enumerate(speed.acceptance, start=1):
+        table.add_row(f"drafts {ahead} ahead", f"{share:.0%}", "accepted")
+    same = (
+        "the same with drafts and without"
+        if speed.identical
+        else "DIFFERENT with drafts: this is a bug, please report it"
+    )
+    table.add_row("tokens", "=" if speed.identical else "≠", same)
+    OUT.print()
+    OUT.print(table)
+    places = Table.grid(padding=(0, 2))
+    for name, path in files.items():
+        places.add_row(Text(name, style="cyan"), str(path))
+    OUT.print(places)
+    OUT.print(f"\nGo on with it:  cavelight generate {out} -p 'def read('", soft_wrap=True)

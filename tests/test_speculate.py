@@ -1,0 +1,310 @@
+"""Speculation is lossless: the same tokens when greedy, the same distribution when sampled, whatever the drafts."""
+
+import itertools
+from collections import Counter
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from cavelight.model.ports import GroupedDispatch, PackedAttend
+from cavelight.model.transformer import Transformer
+from cavelight.run import generate, settle
+from cavelight.run.cache import LatentCache
+from cavelight.run.generate import TokenStream
+from cavelight.run.sample import Sampling, distribution
+from cavelight.run.speculate import Draft, Drafter, cost_of_round, judge
+from cavelight.spec.config import ModelConfig
+from cavelight.spec.presets import preset
+
+from .chance import COMMON, SURELY_NOT, chi_square, chi_square_of
+from .run_models import TableModel, drafting_model, random_model, small_config, some_prompts
+
+
+def run(model: Transformer, prompt: Sequence[int], tokens: int, drafts: int, **sampling: float) -> TokenStream:
+    stream = TokenStream(model, prompt, max_new_tokens=tokens, drafts=drafts, sampling=Sampling(**sampling))
+    stream.made = list(stream)
+    return stream
+
+
+@pytest.fixture
+def no_timed_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generate, "TIMED_STEPS", ())
+
+
+# Greedy
+
+
+@pytest.mark.parametrize("drafts", [1, 2, 3, 4])
+@pytest.mark.parametrize("modules", [1, 2, 3])
+def test_greedy_output_is_the_same_with_drafts(modules: int, drafts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generate, "CHUNK", 4)  # so that prompts take several
+    model = drafting_model(small_config(num_nextn_predict_layers=modules), seed=modules, surprise=0.25)
+    rounds = []
+    for n, prompt in enumerate(some_prompts(model.config, 6)):
+        penalty = 1.3 if n == 5 else 1.0
+        plain = run(model, prompt, 20, 0, repetition_penalty=penalty)
+        drafted = run(model, prompt, 20, drafts, repetition_penalty=penalty)
+        assert drafted.made == plain.made
+        rounds += drafted.stats.round_tokens
+    assert 1 in rounds and max(rounds) > 1, "drafts were rejected and accepted, or this shows little"
+
+
+def test_greedy_output_is_the_same_with_drafts_that_are_right_by_chance_alone() -> None:
+    model = random_model(small_config(num_nextn_predict_layers=2))
+    for prompt in some_prompts(model.config, 3):
+        assert run(model, prompt, 20, 3).made == run(model, prompt, 20, 0).made
+
+
+@torch.inference_mode()
+def test_greedy_output_is_the_likeliest_of_whole_forward_passes() -> None:
+    model = drafting_model(small_config(), surprise=0.3)
+    for prompt in some_prompts(model.config, 3):
+        tokens = list(prompt)
+        for _ in range(16):
+            tokens.append(int(model.logits(torch.tensor(tokens))[-1].argmax()))
+        assert run(model, prompt, 16, 2).made == tokens[len(prompt) :]
+
+
+# Near-ties
+
+
+def with_twin_tokens(config: ModelConfig) -> Transformer:
+    """Every even token's row of the head again, but for rounding, as the next one's: the likeliest two always tie."""
+    model = drafting_model(config, surprise=0.4)
+    head = model.lm_head.weight
+    with torch.no_grad():
+        head[1::2] = head[::2] + 1e-8 * torch.randn(head[::2].shape, generator=torch.Generator().manual_seed(0))
+    return model
+
+
+def with_twin_experts(config: ModelConfig) -> Transformer:
+    """The same for the gate's rows: two experts of a group always tie, and differ in what they do."""
+    model = drafting_model(config, surprise=0.6)
+    with torch.no_grad():
+        for block in [model.model.layers[1], model.mtp[0].block]:
+            gate, bias = block.mlp.gate.weight, block.mlp.gate.e_score_correction_bias
+            gate[1::2] = gate[::2] + 1e-8 * torch.randn(gate[::2].shape, generator=torch.Generator().manual_seed(0))
+            bias[1::2] = bias[::2]
+    return model
+
+
+TIED = {
+    "tokens": with_twin_tokens(small_config()),
+    "experts": with_twin_experts(small_config(n_group=1, topk_group=1, num_experts_per_tok=3)),
+    "groups": with_twin_experts(small_config(num_experts_per_tok=3)),
+}
+
+
+@pytest.mark.parametrize("kind", TIED)
+def test_near_ties_are_settled_alike(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, prompts = TIED[kind], some_prompts(TIED[kind].config, 4)
+    monkeypatch.setattr(settle, "BLOCK", 8)
+    for prompt in prompts:
+        plain = run(model, prompt, 24, 0)
+        assert plain.stats.settled > 5
+        for drafts in (1, 3):
+            assert run(model, prompt, 24, drafts).made == plain.made
+
+
+@pytest.mark.parametrize("kind", ["tokens", "experts"])
+def test_without_settling_near_ties_part(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or the test above would show nothing."""
+    model = TIED[kind]
+    monkeypatch.setattr(settle, "LOGIT_TIE", 0.0)
+    monkeypatch.setattr(settle, "SCORE_TIE", 0.0)
+    made = [[run(model, prompt, 24, drafts).made for drafts in (0, 1, 3)] for prompt in some_prompts(model.config, 12)]
+    assert any(plain != one or plain != three for plain, one, three in made)
+
+
+def test_the_lead_of_a_route() -> None:
+    config = small_config(n_group=2, topk_group=1, num_experts_per_tok=2)
+    choice_TE = torch.tensor(
+        [
+            [0.9, 0.5, 0.4, 0.1, 0.3, 0.3, 0.2, 0.2],  # groups 1.4 : 0.6, experts 0.5 : 0.4
+            [0.9, 0.5, 0.1, 0.1, 0.8, 0.55, 0.2, 0.2],  # groups 1.4 : 1.35, experts 0.5 : 0.1
+            [-0.9, -0.5, -0.4, -0.8, -2.0, -2.0, -2.0, -2.0],  # negative biases: groups -0.9 : -4, experts -0.5 : -0.8
+        ]
+    )
+    assert settle.route_margin(choice_TE, config).tolist() == pytest.approx([0.1, 0.05, 0.3])
+    everyone = small_config(n_group=1, topk_group=1, num_experts_per_tok=8)
+    assert settle.route_margin(choice_TE, everyone).isinf().all()
+
+
+def test_bfloat16_is_not_settled() -> None:
+    model = with_twin_tokens(small_config()).to(torch.bfloat16)
+    stream = run(model, [3, 4], 12, 1)
+    assert stream.settler is None and stream.stats.settled == 0 and len(stream.made) == 12
+
+
+# The drafter against modules that see the whole sequence from its start
+
+
+def plain_drafts(model: Transformer, tokens: Sequence[int], drafts: int) -> tuple[list[Tensor], list[int]]:
+    """Logits of each greedy draft after `tokens`, and the drafts; every module from scratch, without a past."""
+    modules, end, line, logits = model.config.num_nextn_predict_layers, len(tokens) - 1, list(tokens), []
+    rows, dispatch = LatentCache(model.config, 4, torch.float32), GroupedDispatch()
+
+    def add(k: int, hidden_D: Tensor) -> None:
+        logits.append(model.draft_head(k - 1, hidden_D[None])[0])
+        line.append(int(logits[-1].argmax()))
+
+    positions = torch.arange(end)
+    hidden_TD, _ = model(torch.tensor(line[:end]), positions, PackedAttend([end]), dispatch)
+    for k in range(1, min(drafts, modules) + 1):
+        hidden_TD, _ = model.draft(k - 1, hidden_TD, torch.tensor(line[k : end + k]), positions, rows.at(0), dispatch)
+        add(k, hidden_TD[-1])
+    for position in range(end, end + drafts - modules):
+        token, here = torch.tensor([line[position + modules]]), torch.tensor([position])
+        attend = rows.at(position)
+        hidden_TD, _ = model.draft(modules - 1, hidden_TD[-1:], token, here, attend, dispatch, after=modules - 1)
+        add(modules, hidden_TD[0])
+    return logits, line[len(tokens) :]
+
+
+@pytest.mark.parametrize(("modules", "drafts"), [(1, 1), (1, 3), (2, 1), (2, 2), (2, 4), (3, 3), (3, 5)])
+@pytest.mark.parametrize("mtp_hidden", ["post_norm", "pre_norm"])
+@torch.inference_mode()
+def test_every_draft_is_what_whole_modules_say(
+    modules: int, drafts: int, mtp_hidden: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generate, "CHUNK", 4)
+    monkeypatch.setattr(generate, "PERIOD", 7)  # plain steps in between
+    config = small_config(num_nextn_predict_layers=modules).replace(mtp_hidden=mtp_hidden)
+    model = drafting_model(config, seed=2, surprise=0.25)
+    propose, compared = Drafter.propose, []
+
+    def watched(self: Drafter, tokens: Sequence[int], count: int, pick: generate.Pick) -> list[Draft]:
+        seen = []
+        found = propose(self, tokens, count, lambda logits_V, line: seen.append(logits_V) or pick(logits_V, line))
+        if count:
+            expected, line = plain_drafts(model, tokens, count)
+            torch.testing.assert_close(torch.stack(seen[:count]), torch.stack(expected), atol=1e-5, rtol=0)
+            assert [draft.token for draft in found] == line
+            compared.append(tuple(tokens))
+        return found
+
+    monkeypatch.setattr(Drafter, "propose", watched)
+    for prompt in ([5], [7, 3], [9, 8, 7, 6, 5, 4, 3, 2, 1]):
+        stream = run(model, prompt, 14, drafts)
+        assert_rows_are_true(stream)
+    assert len(compared) > 10
+
+
+def assert_rows_are_true(stream: TokenStream) -> None:
+    """The rows that each module left, as far as it saw true tokens, are those of one pass over the sequence."""
+    model, drafter = stream.model, stream.drafter
+    end, trunk = drafter.seen, model.config.num_hidden_layers
+    rows, dispatch = LatentCache(model.config, end, torch.float32), GroupedDispatch()
+    tokens = torch.tensor(stream.tokens)
+    hidden_TD, _ = model(tokens[:end], torch.arange(end), rows.at(0), dispatch)
+    for k in range(1, drafter.depth + 1):
+        true = end - k + 1
+        if true <= 0:
+            break
+        hidden_TD, _ = model.draft(
+            k - 1, hidden_TD[:true], tokens[k : true + k], torch.arange(true), rows.at(0), dispatch
+        )
+        if k < drafter.depth and end >= k:
+            torch.testing.assert_close(drafter.edge[k - 1][0], hidden_TD[end - k], atol=1e-5, rtol=0)
+        layer = trunk + k - 1
+        torch.testing.assert_close(stream.cache.rows_MSL[layer, :true], rows.rows_MSL[layer, :true], atol=1e-5, rtol=0)
+
+
+# Sampled
+
+
+def test_a_judged_token_has_the_wanted_distribution() -> None:
+    p_V = torch.tensor([0.5, 0.0, 0.2, 0.05, 0.25], dtype=torch.float64)
+    for q_V in ([0.2] * 5, [0.0, 0.6, 0.4, 0.0, 0.0], [0.5, 0.0, 0.2, 0.05, 0.25], [0.9, 0.1, 0.0, 0.0, 0.0]):
+        q_V = torch.tensor(q_V, dtype=torch.float64)
+        source = torch.Generator().manual_seed(3)
+        drafts = torch.multinomial(q_V, 3000, replacement=True, generator=source).tolist()
+        counts = Counter(judge(Draft(token, q_V), p_V, source) for token in drafts)
+        assert chi_square([counts[token] for token in range(5)], p_V.tolist()) > COMMON
+        if not torch.equal(p_V, q_V):
+            believed = Counter(drafts)
+            assert chi_square([believed[token] for token in range(5)], p_V.tolist()) < SURELY_NOT
+
+
+def test_a_draft_that_is_right_but_for_rounding_is_no_mistake() -> None:
+    p_V = torch.tensor([0.5 - 1e-9, 0.5 - 1e-9], dtype=torch.float64)
+    never = torch.Generator()
+    token = judge(Draft(0, torch.tensor([1e9, 0.5], dtype=torch.float64)), p_V, never)
+    assert token in (0, 1)
+
+
+def joint(model: TableModel, prompt: Sequence[int], length: int, sampling: Sampling) -> dict[tuple[int, ...], float]:
+    """The true probability of every continuation: the product of one-token distributions."""
+    outcomes = {}
+    for outcome in itertools.product(range(model.config.vocab_size), repeat=length):
+        line, probability = list(prompt), 1.0
+        for token in outcome:
+            logits_V = model.trunk_PVV[len(line) - 1, line[-1]]
+            probability *= float(distribution(logits_V, line, sampling)[token])
+            line.append(token)
+        outcomes[outcome] = probability
+    return outcomes
+
+
+@pytest.mark.parametrize(
+    ("modules", "drafts", "options"),
+    [
+        (1, 1, {}),
+        (1, 3, {"top_p": 0.8}),
+        (2, 2, {"repetition_penalty": 1.8}),
+        (2, 3, {"temperature": 0.7, "top_k": 2, "repetition_penalty": 1.4}),
+        (3, 3, {"min_p": 0.2}),
+    ],
+    ids=str,
+)
+@pytest.mark.usefixtures("no_timed_steps")
+def test_sampled_output_has_the_true_joint_distribution(modules: int, drafts: int, options: dict[str, float]) -> None:
+    model, prompt, length = TableModel(3, modules, seed=4), [2, 0], 4
+    options = {"temperature": 1.0} | options
+    expected = joint(model, prompt, length, Sampling(**options))
+    assert sum(expected.values()) == pytest.approx(1)
+    counts: Counter[tuple[int, ...]] = Counter()
+    rounds = []
+    for seed in range(1500):
+        stream = run(model, prompt, length, drafts, seed=seed, **options)
+        counts[tuple(stream.made)] += 1
+        rounds += stream.stats.round_tokens
+    assert chi_square_of(counts, expected) > COMMON
+    assert 1 in rounds and max(rounds) == min(drafts, length - 2) + 1
+    other = joint(model, prompt, length, Sampling(**options | {"temperature": 1.4}))
+    assert chi_square_of(counts, other) < SURELY_NOT, "or these are too few to show anything"
+
+
+@pytest.mark.usefixtures("no_timed_steps")
+def test_a_true_model_samples_from_its_own_logits() -> None:
+    model = drafting_model(small_config(vocab_size=4, bos_token_id=0), surprise=0.3)
+    options = {"temperature": 8.0, "top_p": 0.9}
+    expected: dict[tuple[int, ...], float] = {}
+    with torch.inference_mode():
+        for outcome in itertools.product(range(4), repeat=3):
+            line, probability = [1, 3], 1.0
+            for token in outcome:
+                p_V = distribution(model.logits(torch.tensor(line))[-1], line, Sampling(**options))
+                probability *= float(p_V[token])
+                line.append(token)
+            expected[outcome] = probability
+    counts = Counter(tuple(run(model, [1, 3], 3, 1, seed=seed, **options).made) for seed in range(250))
+    assert chi_square_of(counts, expected) > COMMON
+
+
+# What a round costs
+
+
+def test_a_rounds_cost_is_counted_from_the_table() -> None:
+    assert cost_of_round(preset("deepseek-v2-lite"), 0) == 1
+    nano = preset("nano").replace(num_nextn_predict_layers=2)
+    costs = [cost_of_round(nano, drafts) for drafts in range(5)]
+    assert costs == sorted(costs) and costs[1] > 1.2
+    dense = nano.replace(n_routed_experts=None, first_k_dense_replace=3)
+    D, V = 64, 512
+    per_layer = 32 * D + 32 + 4 * 24 * 32 + 24 * D + 16 + 4 * 16 * 32 + 64 * D + 2 * D + 3 * 192 * D
+    module, head = 3 * D + 2 * D * D + per_layer, V * D
+    assert cost_of_round(dense, 1) == pytest.approx(1 + (module + head) / (3 * per_layer + D + head))
+    assert cost_of_round(dense, 3) == pytest.approx(1 + 3 * (module + head) / (3 * per_layer + D + head))
