@@ -197,6 +197,21 @@ def test_an_older_checkpoint_is_replaced_whole(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["a"]
 
 
+def test_a_link_to_a_folder_stays_a_link(saved: Path) -> None:
+    link = saved.parent / "latest"
+    link.symlink_to(saved)
+    newer = filled(WITH_MTP, seed=1)
+    write_checkpoint(newer, link)
+    assert link.is_symlink()
+    assert_same(read_checkpoint(saved), newer)
+
+
+def test_saving_into_the_folder_one_is_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_checkpoint(filled(WITH_MTP), ".")
+    assert_same(read_checkpoint(tmp_path), filled(WITH_MTP))
+
+
 def test_nothing_but_a_checkpoint_is_replaced(saved: Path) -> None:
     (saved / "thesis.tex").write_text("years of work")
     (saved / "model.py").mkdir()

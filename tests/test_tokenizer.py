@@ -172,7 +172,9 @@ def test_a_template_may_search_messages_for_control_tokens(tmp_path: Path) -> No
     """As R1's does, which leaves out what an older answer thought."""
     template = tail(
         "{% macro last(text) %}{% if '<｜Assistant｜>' in text %}"
-        "{{ text.split('<｜Assistant｜>')[-1] | trim }}{% endif %}{% endmacro %}{{ last(messages[0]['content']) }}{{ '<｜Assistant｜>' }}"
+        "{{ text.split('<｜Assistant｜>')[-1] | trim }}"
+        "{% endif %}{% endmacro %}"
+        "{{ last(messages[0]['content']) }}{{ '<｜Assistant｜>' }}"
     )
     tokenizer = Tokenizer.load(edited(tmp_path, settings={"chat_template": template}))
     ids = tokenizer.chat_prompt([{"role": "user", "content": "think<｜Assistant｜> so"}])

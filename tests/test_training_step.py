@@ -4,7 +4,6 @@ The batch has two rows, of two and three documents, one of them too short for th
 """
 
 from functools import cache
-from itertools import accumulate
 
 import pytest
 import torch
@@ -43,20 +42,22 @@ def rows_of(config: ModelConfig) -> list[training.Row]:
 
 
 def our_batch(rows: list[training.Row], config: ModelConfig, across: bool) -> Batch:
-    """The rows' inputs end to end; at column k the token k+1 places on, where document and row go on so far."""
-    tokens, positions, targets, segments = [], [], [], []
+    """The rows' inputs end to end; at column k of the targets the token k+1 places on, within its document and row."""
+    tokens, targets, segments = [], [], []
     for row in rows:
         laid = training.Tokens.of(row)
-        read = len(laid.ids) - 1
+        read, depths = len(laid.ids) - 1, range(config.num_nextn_predict_layers + 1)
         tokens += laid.ids[:read]
-        positions += range(read)
-        for i in range(read):
-            depths = range(config.num_nextn_predict_layers + 1)
-            targets.append([laid.ids[i + k + 1] if laid.has_label(i, k) else IGNORE for k in depths])
-        ends = [*accumulate(len(document) for document in row[:-1]), read]
-        segments += [read] if across else [end - start for start, end in zip([0, *ends], ends, strict=False)]
-    lengths = tuple(sum(map(len, row)) - 1 for row in rows)
-    return Batch(torch.tensor(tokens), torch.tensor(positions), torch.tensor(targets), tuple(segments), lengths)
+        targets += [[laid.ids[i + k + 1] if laid.has_label(i, k) else IGNORE for k in depths] for i in range(read)]
+        lengths = [*(len(document) for document in row[:-1]), len(row[-1]) - 1]
+        segments += [read] if across else lengths
+    return Batch(
+        tokens_T=torch.tensor(tokens),
+        targets_TJ=torch.tensor(targets),
+        positions_T=torch.cat([torch.arange(length) for length in segments]),
+        rows=tuple(sum(map(len, row)) - 1 for row in rows),
+        segments=tuple(segments),
+    )
 
 
 @cache

@@ -253,12 +253,12 @@ def _named_cuts(source: Source, every: int) -> Iterator[Document]:
 
 
 def _pieces(path: Path, size: int) -> Iterator[str]:
-    """The text of `path` in pieces of about `size` bytes that end with a line, unless the line is as long again."""
+    """The text of `path` in pieces of about `size` bytes that end with a line, unless a line is endless."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     with _open(path) as handle:
         while True:
             start = handle.tell() - len(decoder.getstate()[0])
-            block = handle.read(size) + handle.readline(size)
+            block = handle.read(size) + handle.readline(PIECE_BYTES)
             try:
                 text = decoder.decode(block, final=not block)
             except UnicodeDecodeError as error:

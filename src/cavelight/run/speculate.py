@@ -114,7 +114,9 @@ def cost_of_round(config: ModelConfig, drafts: int) -> float:
     def read(part: list[Parameter], tokens: int) -> float:
         return sum(p.size * (_share_met(config, tokens) if p.role == "expert" else 1) for p in part)
 
-    drafting = sum(read(module, drafts + 1) for module in modules) + (drafts - depth) * read(modules[-1], 1)
+    drafting = sum(read(module, drafts + 1) for module in modules)
+    if drafts > depth:
+        drafting += (drafts - depth) * read(modules[-1], 1)
     return (read(trunk, drafts + 1) + drafting) / read(trunk, 1)
 
 

@@ -68,7 +68,7 @@ def draw_comparison(
     with style.sheet(path, 9.0, 5.9) as figure:
         style.heading(figure, title, _facts(first)[:2])
         _violations(style.panel(figure, 0.6, 1.05, 3.05, 1.95), series)
-        _held_out(style.panel(figure, 5.1, 1.05, 2.95, 1.95), series, {})
+        _held_out(style.panel(figure, 5.25, 1.05, 2.85, 1.95), series, {})
         place, width = 0.95, (7.6 - 0.3 * len(series)) / len(series)
         for i, (label, run) in enumerate(series.items()):
             axes = style.panel(figure, place + i * (width + 0.3), 3.85, width, 1.55)
@@ -125,7 +125,7 @@ def _losses(axes: "Axes", series: Series) -> None:
         parts.append(("MTP", AMBER, series.mtp_loss_P))
     ends = [(_last(_curve(axes, series.tokens_P, y_P, color)), name, color) for name, color, y_P in parts]
     _clip_start(axes, [y_P for _, _, y_P in parts])
-    style.label_lines(axes, [(y, f"{name} {y:.2f}", color) for y, name, color in ends])
+    style.label_lines(axes, [(y, f"{name}  {y:.2f}", color) for y, name, color in ends])
     _along(axes, series.tokens_P, "tokens")
 
 
@@ -145,7 +145,7 @@ def _held_out(axes: "Axes", runs: Mapping[str, Series], reference: Mapping[str, 
             axes.plot(at, run.final[1], "D", color=color, markersize=6, clip_on=False, zorder=4, markeredgecolor=GROUND)
         last = run.final or (run.looks[-1] if run.looks else None)
         if last:
-            words = f"{name} {last[1]:.2f}".strip() + ("" if name or not run.final else " all text")
+            words = f"{name}  {last[1]:.2f}".strip() + ("" if name or not run.final else "  all text")
             labels.append((last[1], words, color))
     style.label_levels(axes, [(bits, f"{name}  {bits:.2f}") for name, bits in reference.items()])
     style.label_lines(axes, labels)
@@ -163,6 +163,7 @@ def _layers(axes: "Axes", series: Series, names: Sequence[str]) -> None:
     for m, (name, vio) in enumerate(zip(names, series.mean_max_vio_M(), strict=True)):
         color = AMBER if is_mtp[m] else next(blues)
         curves.append(_curve(axes, series.step_P, series.max_vio_PM[:, m], color, faint=len(names) <= 3))
+        axes.lines[-1].set_linewidth(1.2 if len(names) <= NAMED_LAYERS else 0.6)
         if len(names) <= NAMED_LAYERS or m in (0, len(names) - 1) or is_mtp[m]:
             labels.append((vio, f"{name}  {vio:.2f}", color))
     _from_zero(axes, curves)
@@ -207,8 +208,9 @@ def _load(
 ) -> None:
     """Layer by expert, relative to an even share; twice that and more has the darkest colour."""
     layers, experts = series.load_ME.shape
-    used = f"{series.used_M().sum()} of {layers * experts} in use, last tenth of the steps"
-    style.entitle(axes, title, used, grid=None)
+    used, present = int(series.used_M().sum()), layers * experts
+    share = f"all {present:,} in use" if used == present else f"{used:,} of {present:,} in use"
+    style.entitle(axes, title, f"last tenth; {share}", grid=None)
     if not layers:
         style.say_instead(axes, "no layer has experts")
         return

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from textwrap import fill
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from cavelight.disk import file_beside
 from cavelight.errors import UserError
@@ -119,12 +119,12 @@ def count_axis(axis: "Axis", word: str) -> None:
     axis.set_label_text(word, fontsize=8)
 
 
-def short(number: float) -> str:
-    """1500 as 1.5k, 4718592 as 4.7M: three digits at most."""
+def short(number: float, gap: str = "") -> str:
+    """1500 as 1.5k, 4718592 as 4.72M: three digits at most."""
     for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(number) >= 0.9995 * size:
-            return f"{number / size:.3g}{unit}"
-    return f"{number:.3g}"
+            return f"{number / size:.3g}{gap}{unit}"
+    return f"{number:.3g}{gap}"
 
 
 def label_lines(axes: "Axes", labels: Sequence[tuple[float, str, str]], size: float = 8.5) -> None:
@@ -137,13 +137,22 @@ def label_lines(axes: "Axes", labels: Sequence[tuple[float, str, str]], size: fl
     gap = LINE_HEIGHT * size / 72 / inches
     wanted = [(min(max(y, low), high) - low) / (high - low) for y, _, _ in labels]
     for y, (_, text, color) in zip(spread(wanted, gap), labels, strict=True):
-        axes.text(
-            1.02, y, text, transform=axes.transAxes, color=DEEP.get(color, color), size=size, va="center_baseline"
+        axes.annotate(
+            text,
+            (1, y),
+            xytext=(7, 0),
+            xycoords="axes fraction",
+            textcoords="offset points",
+            color=DEEP.get(color, color),
+            size=size,
+            va="center_baseline",
         )
 
 
 def label_levels(axes: "Axes", levels: Sequence[tuple[float, str]], size: float = 8.0) -> None:
-    """Dashed lines across a panel, each with its words on it at the left, and room for them."""
+    """Dashed lines across a panel, each with its words on it at the right, and room for them."""
+    from matplotlib.patheffects import withStroke
+
     low, high = axes.get_ylim()
     low, high = min([low, *(y for y, _ in levels)]), max([high, *(y for y, _ in levels)])
     inches = axes.get_position().height * axes.figure.get_size_inches()[1]
@@ -153,7 +162,8 @@ def label_levels(axes: "Axes", levels: Sequence[tuple[float, str]], size: float 
     heights = spread([(y - low) / (high - low) for y, _ in levels], line)
     for (y, text), height in zip(levels, heights, strict=True):
         axes.axhline(y, color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
-        axes.text(0.01, height + 0.1 * line, text, transform=axes.transAxes, size=size, va="bottom")
+        words = axes.text(0.99, height + 0.1 * line, text, transform=axes.transAxes, size=size, ha="right", va="bottom")
+        words.set_path_effects([withStroke(linewidth=3, foreground=GROUND)])
 
 
 def spread(wanted: Sequence[float], gap: float) -> list[float]:
@@ -192,3 +202,20 @@ def diverging() -> "Colormap":
 
     colors = ["#0b3e6f", "#3f83bd", "#b5d2e8", "#eef0f1", "#f6cd8f", "#d97a00", "#7a3b00"]
     return LinearSegmentedColormap.from_list("blue-amber", colors)
+
+
+def box(axes: "Axes", left: float, bottom: float, width: float, height: float, face: str, edge: str = "", **more: Any) -> None:
+    """A block with slightly rounded corners on a drawing whose units are inches."""
+    from matplotlib.patches import FancyBboxPatch
+
+    radius = min(0.05, width / 4, height / 4)
+    shape = f"round,pad=0,rounding_size={radius}"
+    axes.add_patch(
+        FancyBboxPatch((left, bottom), width, height, shape, facecolor=face, edgecolor=edge or "none", **more)
+    )
+
+
+def arrow(axes: "Axes", start: tuple[float, float], end: tuple[float, float], color: str = MUTED) -> None:
+    """A thin arrow that ends at `end`."""
+    look = {"arrowstyle": "-|>,head_length=0.28,head_width=0.13", "color": color, "linewidth": 0.9}
+    axes.annotate("", end, start, arrowprops={**look, "shrinkA": 0, "shrinkB": 0})

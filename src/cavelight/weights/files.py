@@ -38,7 +38,7 @@ class Entry:
     dtype: torch.dtype
 
     @property
-    def bytes(self) -> int:
+    def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -57,7 +57,7 @@ def write_safetensors(
         _write_shard(folder / file, shard, tensor)
     if count > 1:
         index = {
-            "metadata": {"total_size": sum(entry.bytes for entry in entries)},
+            "metadata": {"total_size": sum(entry.nbytes for entry in entries)},
             "weight_map": {entry.name: file for file, shard in zip(files, shards, strict=True) for entry in shard},
         }
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
@@ -67,11 +67,11 @@ def _plan(entries: Sequence[Entry], shard_bytes: int) -> list[list[Entry]]:
     shards: list[list[Entry]] = [[]]
     size = 0
     for entry in entries:
-        if shards[-1] and size + entry.bytes > shard_bytes:
+        if shards[-1] and size + entry.nbytes > shard_bytes:
             shards.append([])
             size = 0
         shards[-1].append(entry)
-        size += entry.bytes
+        size += entry.nbytes
     return shards
 
 
@@ -81,7 +81,7 @@ def _write_shard(file: Path, shard: Sequence[Entry], tensor: Callable[[str], Ten
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for entry in shard:
-        start, end = end, end + entry.bytes
+        start, end = end, end + entry.nbytes
         header[entry.name] = {"dtype": CODES[entry.dtype], "shape": entry.shape, "data_offsets": (start, end)}
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
@@ -217,7 +217,7 @@ def _entry(file: Path, name: str, described: Any) -> tuple[Entry, int]:
         ):
             _check_dtype(file, name, code)
             entry = Entry(name, tuple(shape), DTYPES[code])
-            if start >= 0 and start + entry.bytes == end:
+            if start >= 0 and start + entry.nbytes == end:
                 return entry, end
     raise UserError(f"The header of {file} makes no sense", got=f"{name}: {described!r:.200}", do=DOWNLOAD_AGAIN)
 

@@ -99,7 +99,8 @@ def write_checkpoint(
     generation: further keys for generation_config.json. The folder appears at once and complete; an older checkpoint
     there is replaced only then. Raises UserError when the disk is full or `path` holds anything but a checkpoint.
     """
-    _check_replaceable(Path(path))
+    path = Path(path).resolve()
+    _check_replaceable(path)
     ours, dtypes = model.state_dict(), {"float32": torch.float32, "model": model.lm_head.weight.dtype}
     extra = {key: value for key, value in model.config.extra.items() if key not in OF_OTHER_FILES}
     config = model.config.replace(torch_dtype=str(dtypes["model"]).removeprefix("torch."), extra=extra)
@@ -111,7 +112,7 @@ def write_checkpoint(
     def packed(name: str) -> Tensor:
         return tensors[name].pack(ours).to(dtypes[tensors[name].dtype])
 
-    with folder_beside(Path(path)) as folder:
+    with folder_beside(path) as folder:
         _write_json(folder / "config.json", config.to_hf())
         _write_json(folder / "generation_config.json", settings)
         write_safetensors(folder, entries, packed, shard_bytes)

@@ -1,0 +1,107 @@
+"""Each fast form against its plain twin: attention's two forms, grouped experts with their gradients, packing."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from cavelight.kernels import attend, experts
+from cavelight.model.ports import PackedAttend
+
+
+def attention_inputs(B: int, T: int, S: int, H: int, N: int, R: int, U: int, C: int, seed: int) -> tuple[Tensor, ...]:
+    g = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g)
+
+    return draw(B, T, H, N), draw(B, T, H, R), draw(B, S, C + R), draw(H, N, C) * C**-0.5, draw(H, U, C) * C**-0.5
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    B=st.integers(1, 2),
+    T=st.integers(1, 6),
+    past=st.integers(0, 9),
+    H=st.integers(1, 3),
+    N=st.integers(1, 9),
+    half_R=st.integers(1, 3),
+    U=st.integers(1, 12),
+    C=st.integers(1, 10),
+    seed=st.integers(0, 99),
+)
+def test_both_forms_of_attention_equal_the_plain_one(
+    B: int, T: int, past: int, H: int, N: int, half_R: int, U: int, C: int, seed: int
+) -> None:
+    inputs = attention_inputs(B, T, T + past, H, N, 2 * half_R, U, C, seed)
+    scale = (N + 2 * half_R) ** -0.5
+    expected = attend.plain(*inputs, scale)
+    for form in (attend.expanded, attend.absorbed):
+        torch.testing.assert_close(form(*inputs, scale), expected, atol=1e-5, rtol=0)
+
+
+def test_the_cost_rule_absorbs_few_queries_and_expands_many() -> None:
+    v3 = {"H": 128, "N": 128, "R": 64, "U": 128, "C": 512}
+    assert attend.absorbed_is_cheaper(T=1, S=4096, **v3)
+    assert attend.absorbed_is_cheaper(T=5, S=16384, **v3)  # verifying drafts, not only T == 1
+    assert not attend.absorbed_is_cheaper(T=4096, S=4096, **v3)
+    assert not attend.absorbed_is_cheaper(T=512, S=8192, **v3)
+
+
+def test_packed_sequences_see_only_themselves() -> None:
+    q, r, rows, k_up, v_up = attention_inputs(1, 9, 9, H=2, N=4, R=2, U=4, C=6, seed=1)
+    flat = (q[0], r[0], rows[0, :, :6], rows[0, :, 6:], k_up, v_up, 0.3)
+    packed = PackedAttend((4, 5))(0, *flat)
+    for part in (slice(0, 4), slice(4, 9)):
+        alone = attend.plain(q[:, part], r[:, part], rows[:, part], k_up, v_up, 0.3)[0]
+        torch.testing.assert_close(packed[part], alone, atol=1e-5, rtol=0)
+    equal = PackedAttend((3, 3, 3))(0, *flat)
+    torch.testing.assert_close(equal[3:6], attend.plain(q[:, 3:6], r[:, 3:6], rows[:, 3:6], k_up, v_up, 0.3)[0])
+
+
+def expert_inputs(T: int, K: int, E: int, D: int, F: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, ...]:
+    g = torch.Generator().manual_seed(seed)
+    ids_TK = torch.stack([torch.randperm(E, generator=g)[:K] for _ in range(T)])
+    x_TD, weights_TK = torch.randn(T, D, generator=g).to(dtype), torch.rand(T, K, generator=g)
+    matrices = [(torch.randn(*s, generator=g) * 0.3).to(dtype) for s in ((E, F, D), (E, F, D), (E, D, F))]
+    return x_TD, ids_TK, weights_TK, *matrices
+
+
+@pytest.mark.parametrize(("T", "K", "E"), [(1, 1, 4), (7, 3, 5), (40, 2, 16), (5, 4, 4)])
+def test_grouped_experts_equal_the_plain_ones_forward_and_backward(T: int, K: int, E: int) -> None:
+    results = []
+    for form in (experts.grouped, experts.plain):
+        x, ids, *rest = expert_inputs(T, K, E, D=6, F=5, dtype=torch.float32)
+        leaves = [t.clone().requires_grad_() for t in (x, *rest)]
+        y = form(leaves[0], ids, *leaves[1:])
+        weight = torch.arange(y.numel()).view_as(y).cos()
+        results.append((y.detach(), torch.autograd.grad((y * weight).sum(), leaves)))
+    (y, grads), (expected_y, expected_grads) = results
+    torch.testing.assert_close(y, expected_y, atol=1e-5, rtol=0)
+    for got, expected in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(got, expected, atol=2e-5, rtol=0)
+
+
+def test_rows_padded_for_bfloat16_change_nothing_but_rounding() -> None:
+    """bfloat16 on a CPU takes the path with padded rows; float32 of the same numbers does not."""
+    inputs = expert_inputs(T=96, K=3, E=8, D=8, F=6, dtype=torch.bfloat16)
+    gradients = []
+    for dtype in (torch.bfloat16, torch.float32):
+        x, ids, weights, *matrices = inputs
+        leaves = [x.to(dtype).requires_grad_(), weights.clone().requires_grad_()]
+        leaves += [m.to(dtype).requires_grad_() for m in matrices]
+        y = experts.grouped(leaves[0], ids, *leaves[1:])
+        gradients.append([y, *torch.autograd.grad(y.float().square().sum(), leaves)])
+    for got, expected in zip(*gradients, strict=True):
+        spread = expected.float().abs().max()
+        assert (got.float() - expected.float()).abs().max() < 0.03 * spread
+
+
+def test_an_expert_that_nobody_chose_gets_no_gradient() -> None:
+    x, _, weights, *matrices = expert_inputs(T=4, K=2, E=5, D=6, F=5, dtype=torch.float32)
+    ids = torch.tensor([[0, 1], [1, 0], [0, 3], [3, 1]])
+    leaves = [m.requires_grad_() for m in matrices]
+    grads = torch.autograd.grad(experts.grouped(x, ids, weights, *leaves).sum(), leaves)
+    for grad in grads:
+        assert not grad[[2, 4]].any() and grad[[0, 1, 3]].any()
