@@ -14,13 +14,12 @@ def chi_square(counts: Sequence[int], probabilities: Sequence[float]) -> float:
     pairs = sorted((p * total, c) for c, p in zip(counts, probabilities, strict=True))
     if any(c for expected, c in pairs if expected == 0):
         return 0.0
-    cells, rare = [], [0.0, 0]
+    cells = [(0.0, 0)]
     for expected, count in pairs:
-        if expected < 5 or 0 < rare[0] < 5:
-            rare = [rare[0] + expected, rare[1] + count]
-        else:
-            cells.append((expected, count))
-    cells += [(rare[0], int(rare[1]))] if rare[0] else []
+        if cells[-1][0] >= 5:
+            cells.append((0.0, 0))
+        cells[-1] = (cells[-1][0] + expected, cells[-1][1] + count)
+    assert len(cells) > 1, "too few to say anything"
     statistic = sum((count - expected) ** 2 / expected for expected, count in cells)
     freedom = torch.tensor((len(cells) - 1) / 2, dtype=torch.float64)
     return float(torch.special.gammaincc(freedom, torch.tensor(statistic / 2, dtype=torch.float64)))

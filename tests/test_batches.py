@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cavelight.data import batches
@@ -48,6 +48,7 @@ def check(store: TokenStore, batch: Batch) -> None:
     assert sum(batch.rows) == sum(batch.segments) == len(batch.tokens_T) == len(batch.targets_TJ)
 
 
+@settings(deadline=None)
 @given(lengths_of_documents, st.integers(1, 9), st.integers(1, 4), st.integers(0, 3), st.integers(-5, 5), st.booleans())
 def test_labels_follow_and_never_cross(
     lengths: list[int], row_length: int, rows: int, depths: int, seed: int, mask: bool
@@ -66,6 +67,7 @@ def test_labels_follow_and_never_cross(
         assert all(len(set(piece)) == 1 for piece in pieces)
 
 
+@settings(deadline=None)
 @given(lengths_of_documents, st.integers(1, 9), st.integers(0, 3))
 def test_an_epoch_meets_every_token_once(lengths: list[int], row_length: int, epoch: int) -> None:
     store = store_of(lengths)
@@ -104,6 +106,7 @@ def test_too_little_for_one_row() -> None:
     Batches(store_of([12]), 11, 1, 0, 0, mask_documents=False)
 
 
+@settings(deadline=None)
 @given(lengths_of_documents, st.integers(1, 9), st.data())
 def test_evaluation_labels_every_token_once_with_context(lengths: list[int], length: int, data: st.DataObject) -> None:
     stride = data.draw(st.integers(1, length))

@@ -8,12 +8,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import typer
 from typer.testing import CliRunner, Result
 
 import cavelight
 from cavelight.cli.main import app
 from cavelight.cli.progress import History, Picture, screen, sentence_of
-from cavelight.cli.screen import OUT, duration, sparkline
+from cavelight.cli.screen import OUT, duration, sparkline, telling
 from cavelight.spec.events import Evaluated, Event, Note, Phase, Saved, Step
 
 COMMANDS = ("demo", "train", "eval", "generate", "chat", "plan")
@@ -100,6 +101,18 @@ def test_python_m_reports_the_exit_code() -> None:
     assert "Traceback" not in done.stderr
 
 
+def test_ctrl_c_gets_a_sentence_and_exit_code_130(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit) as left, telling(as_json=False):
+        raise KeyboardInterrupt
+    assert left.value.exit_code == 130
+    assert capsys.readouterr().err.strip() == "Stopped by Ctrl-C."
+
+
+def test_a_bug_of_ours_keeps_its_traceback() -> None:
+    with pytest.raises(ZeroDivisionError), telling(as_json=True):
+        _ = 1 / 0
+
+
 def test_the_package_offers_what_it_lists() -> None:
     for name in cavelight.__all__:
         assert getattr(cavelight, name)
@@ -156,8 +169,19 @@ def test_the_live_picture_shows_all_figures() -> None:
         picture.take(event)
     with OUT.capture() as captured:
         OUT.print(picture.draw())
-    for figure in ("step 10 of 10", "100%", "2.000", "2.500", "1.500", "1,234", "1.00e-03", "0.40", "0.70", "60 s"):
-        assert figure.replace("60 s", "1 min 00 s") in captured.get()
+    for figure in (
+        "step 10 of 10",
+        "100%",
+        "2.000",
+        "2.500",
+        "1.500",
+        "1,234",
+        "1.00e-03",
+        "0.40",
+        "0.70",
+        "1 min 00 s left",
+    ):
+        assert figure in captured.get()
 
 
 def test_sentences_leave_out_what_a_model_does_not_have() -> None:

@@ -5,7 +5,7 @@ every one of them. That a case would notice the thing it is there for is tested 
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 
 import pytest
@@ -30,7 +30,7 @@ class Case:
 
     config: ModelConfig
     mistake: dict[str, object]
-    positions: range = field(default=range(24))
+    positions: range = range(24)
     bias_shift: float = 0.0  # added to all routing biases, which are centred on zero
     witnessed: bool = True  # whether transformers computes this at all
 

@@ -14,7 +14,7 @@ from cavelight.run import generate, settle
 from cavelight.run.cache import LatentCache
 from cavelight.run.generate import TokenStream
 from cavelight.run.sample import Sampling, distribution
-from cavelight.run.speculate import Draft, Drafter, cost_of_round, judge
+from cavelight.run.speculate import Draft, Drafter, Pick, cost_of_round, judge
 from cavelight.spec.config import ModelConfig
 from cavelight.spec.presets import preset
 
@@ -36,19 +36,20 @@ def no_timed_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 # Greedy
 
 
-@pytest.mark.parametrize("drafts", [1, 2, 3, 4])
 @pytest.mark.parametrize("modules", [1, 2, 3])
-def test_greedy_output_is_the_same_with_drafts(modules: int, drafts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_greedy_output_is_the_same_with_drafts(modules: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generate, "CHUNK", 4)  # so that prompts take several
     model = drafting_model(small_config(num_nextn_predict_layers=modules), seed=modules, surprise=0.25)
-    rounds = []
-    for n, prompt in enumerate(some_prompts(model.config, 6)):
-        penalty = 1.3 if n == 5 else 1.0
-        plain = run(model, prompt, 20, 0, repetition_penalty=penalty)
-        drafted = run(model, prompt, 20, drafts, repetition_penalty=penalty)
-        assert drafted.made == plain.made
-        rounds += drafted.stats.round_tokens
-    assert 1 in rounds and max(rounds) > 1, "drafts were rejected and accepted, or this shows little"
+    rounds: dict[int, list[int]] = {drafts: [] for drafts in (1, 2, 3, 4)}
+    for n, prompt in enumerate(some_prompts(model.config, 5, longest=5)):
+        penalty = 1.3 if n == 4 else 1.0
+        plain = run(model, prompt, 14, 0, repetition_penalty=penalty)
+        for drafts, tokens in rounds.items():
+            drafted = run(model, prompt, 14, drafts, repetition_penalty=penalty)
+            assert drafted.made == plain.made
+            tokens += drafted.stats.round_tokens
+    for tokens in rounds.values():
+        assert 1 in tokens and max(tokens) > 1, "drafts were rejected and accepted, or this shows little"
 
 
 def test_greedy_output_is_the_same_with_drafts_that_are_right_by_chance_alone() -> None:
@@ -99,13 +100,13 @@ TIED = {
 
 @pytest.mark.parametrize("kind", TIED)
 def test_near_ties_are_settled_alike(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, prompts = TIED[kind], some_prompts(TIED[kind].config, 4)
+    model = TIED[kind]
     monkeypatch.setattr(settle, "BLOCK", 8)
-    for prompt in prompts:
-        plain = run(model, prompt, 24, 0)
+    for prompt in some_prompts(model.config, 3):
+        plain = run(model, prompt, 20, 0)
         assert plain.stats.settled > 5
         for drafts in (1, 3):
-            assert run(model, prompt, 24, drafts).made == plain.made
+            assert run(model, prompt, 20, drafts).made == plain.made
 
 
 @pytest.mark.parametrize("kind", ["tokens", "experts"])
@@ -114,8 +115,8 @@ def test_without_settling_near_ties_part(kind: str, monkeypatch: pytest.MonkeyPa
     model = TIED[kind]
     monkeypatch.setattr(settle, "LOGIT_TIE", 0.0)
     monkeypatch.setattr(settle, "SCORE_TIE", 0.0)
-    made = [[run(model, prompt, 24, drafts).made for drafts in (0, 1, 3)] for prompt in some_prompts(model.config, 12)]
-    assert any(plain != one or plain != three for plain, one, three in made)
+    prompts = some_prompts(model.config, 20)
+    assert any(run(model, prompt, 20, 0).made != run(model, prompt, 20, 3).made for prompt in prompts)
 
 
 def test_the_lead_of_a_route() -> None:
@@ -163,8 +164,18 @@ def plain_drafts(model: Transformer, tokens: Sequence[int], drafts: int) -> tupl
     return logits, line[len(tokens) :]
 
 
-@pytest.mark.parametrize(("modules", "drafts"), [(1, 1), (1, 3), (2, 1), (2, 2), (2, 4), (3, 3), (3, 5)])
-@pytest.mark.parametrize("mtp_hidden", ["post_norm", "pre_norm"])
+@pytest.mark.parametrize(
+    ("modules", "drafts", "mtp_hidden"),
+    [
+        (1, 1, "post_norm"),
+        (1, 3, "pre_norm"),
+        (2, 1, "post_norm"),
+        (2, 2, "pre_norm"),
+        (2, 4, "post_norm"),
+        (3, 3, "post_norm"),
+        (3, 5, "pre_norm"),
+    ],
+)
 @torch.inference_mode()
 def test_every_draft_is_what_whole_modules_say(
     modules: int, drafts: int, mtp_hidden: str, monkeypatch: pytest.MonkeyPatch
@@ -175,7 +186,7 @@ def test_every_draft_is_what_whole_modules_say(
     model = drafting_model(config, seed=2, surprise=0.25)
     propose, compared = Drafter.propose, []
 
-    def watched(self: Drafter, tokens: Sequence[int], count: int, pick: generate.Pick) -> list[Draft]:
+    def watched(self: Drafter, tokens: Sequence[int], count: int, pick: Pick) -> list[Draft]:
         seen = []
         found = propose(self, tokens, count, lambda logits_V, line: seen.append(logits_V) or pick(logits_V, line))
         if count:
@@ -187,7 +198,7 @@ def test_every_draft_is_what_whole_modules_say(
 
     monkeypatch.setattr(Drafter, "propose", watched)
     for prompt in ([5], [7, 3], [9, 8, 7, 6, 5, 4, 3, 2, 1]):
-        stream = run(model, prompt, 14, drafts)
+        stream = run(model, prompt, 12, drafts)
         assert_rows_are_true(stream)
     assert len(compared) > 10
 
@@ -252,10 +263,8 @@ def joint(model: TableModel, prompt: Sequence[int], length: int, sampling: Sampl
     ("modules", "drafts", "options"),
     [
         (1, 1, {}),
-        (1, 3, {"top_p": 0.8}),
-        (2, 2, {"repetition_penalty": 1.8}),
-        (2, 3, {"temperature": 0.7, "top_k": 2, "repetition_penalty": 1.4}),
-        (3, 3, {"min_p": 0.2}),
+        (1, 2, {"top_p": 0.85}),
+        (2, 2, {"temperature": 1.3, "min_p": 0.1, "repetition_penalty": 1.8}),
     ],
     ids=str,
 )
@@ -267,31 +276,32 @@ def test_sampled_output_has_the_true_joint_distribution(modules: int, drafts: in
     assert sum(expected.values()) == pytest.approx(1)
     counts: Counter[tuple[int, ...]] = Counter()
     rounds = []
-    for seed in range(1500):
+    for seed in range(700):
         stream = run(model, prompt, length, drafts, seed=seed, **options)
         counts[tuple(stream.made)] += 1
         rounds += stream.stats.round_tokens
     assert chi_square_of(counts, expected) > COMMON
-    assert 1 in rounds and max(rounds) == min(drafts, length - 2) + 1
-    other = joint(model, prompt, length, Sampling(**options | {"temperature": 1.4}))
+    assert 1 in rounds and max(rounds) == drafts + 1
+    other = joint(model, prompt, length, Sampling(**options | {"temperature": 3.0}))
     assert chi_square_of(counts, other) < SURELY_NOT, "or these are too few to show anything"
 
 
 @pytest.mark.usefixtures("no_timed_steps")
 def test_a_true_model_samples_from_its_own_logits() -> None:
-    model = drafting_model(small_config(vocab_size=4, bos_token_id=0), surprise=0.3)
-    options = {"temperature": 8.0, "top_p": 0.9}
+    model = drafting_model(small_config(vocab_size=3, bos_token_id=0, eos_token_id=None), surprise=0.3)
+    options = {"temperature": 0.3, "top_p": 0.95}
     expected: dict[tuple[int, ...], float] = {}
     with torch.inference_mode():
-        for outcome in itertools.product(range(4), repeat=3):
-            line, probability = [1, 3], 1.0
+        for outcome in itertools.product(range(3), repeat=3):
+            line, probability = [1, 2], 1.0
             for token in outcome:
                 p_V = distribution(model.logits(torch.tensor(line))[-1], line, Sampling(**options))
                 probability *= float(p_V[token])
                 line.append(token)
             expected[outcome] = probability
-    counts = Counter(tuple(run(model, [1, 3], 3, 1, seed=seed, **options).made) for seed in range(250))
+    counts = Counter(tuple(run(model, [1, 2], 3, 1, seed=seed, **options).made) for seed in range(150))
     assert chi_square_of(counts, expected) > COMMON
+    assert chi_square_of(counts, dict.fromkeys(expected, 1 / 27)) < SURELY_NOT
 
 
 # What a round costs

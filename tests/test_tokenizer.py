@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import tokenizers
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
@@ -51,6 +51,7 @@ def tail(prefix: str = "") -> str:
     return prefix + "{% for m in messages %}{{ '<｜User｜>' + m['content'] }}{% endfor %}"
 
 
+@settings(deadline=None)
 @given(any_text)
 def test_text_survives(text: str) -> None:
     ids = TOKENIZER.encode(text)
@@ -58,6 +59,7 @@ def test_text_survives(text: str) -> None:
     assert CONTROL.isdisjoint(ids)
 
 
+@settings(deadline=None)
 @given(any_ids)
 def test_streamed_parts_add_up_to_the_whole(ids: list[int]) -> None:
     decoder = StreamDecoder(TOKENIZER)
@@ -65,6 +67,7 @@ def test_streamed_parts_add_up_to_the_whole(ids: list[int]) -> None:
         assert "".join([*map(decoder.push, ids), decoder.flush()]) == TOKENIZER.decode(ids)
 
 
+@settings(deadline=None)
 @given(unicode_text.filter(lambda text: "\ufffd" not in text))
 def test_a_stream_of_whole_text_is_never_broken(text: str) -> None:
     decoder = StreamDecoder(TOKENIZER)
@@ -72,6 +75,7 @@ def test_a_stream_of_whole_text_is_never_broken(text: str) -> None:
     assert decoder.flush() == ""
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, TOKENIZER.vocab_size - 1)))
 def test_decoding_equals_the_tokenizers_library(ids: list[int]) -> None:
     inner = tokenizers.Tokenizer.from_str(TOKENIZER._definition)
@@ -151,6 +155,7 @@ def test_chat_format() -> None:
     assert TOKENIZER.decode(TOKENIZER.chat_prompt(messages)) == text + "<｜Assistant｜>"
 
 
+@settings(deadline=None)
 @given(lookalikes.map("".join), lookalikes.map("".join))
 def test_a_message_cannot_forge_a_control_token(system: str, user: str) -> None:
     ids = TOKENIZER.chat_prompt([{"role": "system", "content": system}, {"role": "user", "content": user}])
@@ -266,6 +271,7 @@ def test_other_kinds_of_tokenizer_work() -> None:
         OTHER_KIND.bytes_of(3)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, OTHER_KIND.vocab_size - 1) | st.integers(3, 5)))
 def test_streaming_other_kinds(ids: list[int]) -> None:
     decoder = StreamDecoder(OTHER_KIND)

@@ -20,7 +20,6 @@ from cavelight.cli.generation import load, show
 from cavelight.cli.progress import screen
 from cavelight.cli.screen import ERR, INTERRUPTED, OUT, say_json
 from cavelight.disk import file_beside
-from cavelight.errors import UserError
 from cavelight.spec.events import Note, Phase
 from cavelight.spec.recipe import Recipe
 
@@ -36,19 +35,19 @@ NEW_TOKENS = 96
 FUNCTION = re.compile(r"^ *def \w+\(", re.MULTILINE)
 
 
-def demo(out: Path, minutes: float | None, as_json: bool) -> None:
+def demo(out: Path, changes: Sequence[str], as_json: bool) -> None:
     """Leaves a run's folder at `out`, with figures and demo.json. A run that is there already is gone on with."""
-    bits = train(out, minutes, as_json)
+    recipe, bits = train(out, changes, as_json)
 
     from cavelight.data.corpus import read_corpus
 
     model, tokenizer = load(out, "float32")  # what the run exported; in float32, tokens are the same with drafts
-    corpus = read_corpus("stdlib")
-    compressed = compress(corpus, as_json)
-    prompts = held_out_prompts(corpus.held)
+    corpus = read_corpus(recipe.data.corpus)
+    compressed = compress(corpus)
+    prompts = held_out_prompts(corpus.held, model, tokenizer)
     if not as_json:
         sample(model, tokenizer, prompts[0])
-    speed = compare(model, tokenizer, prompts, as_json)
+    speed = compare(model, prompts, as_json)
     files = draw(out, model, compressed, speed)
     found = {"bits_per_byte": bits, "xz": compressed, "speed": speed.as_dict(), "files": files}
     with file_beside(out / "demo.json") as scratch:
@@ -61,59 +60,53 @@ def demo(out: Path, minutes: float | None, as_json: bool) -> None:
         raise typer.Exit(1)
 
 
-def train(out: Path, minutes: float | None, as_json: bool) -> float:
-    """Bits per byte on all held-out text, after training."""
+def train(out: Path, changes: Sequence[str], as_json: bool) -> tuple[Recipe, float]:
+    """What was trained, and its bits per byte on all held-out text."""
     from cavelight.train.loop import train as run
     from cavelight.train.state import RunFolder
 
     folder = RunFolder(out)
     resume = folder.state.exists()
-    changes = [f"train.minutes={minutes}"] if minutes else []
     recipe = Recipe.build(folder.read_recipe().model_dump(), changes) if resume else Recipe.read("demo", changes)
-    if recipe.data.corpus != "stdlib":
-        raise UserError(
-            f"{out} is not a run of the demo", got=f"a run on {recipe.data.corpus}", do="choose another --out"
-        )
-    with screen("Training a small DeepSeek-V3 on the Python standard library", as_json) as listen:
+    with screen("Training a small DeepSeek-V3", as_json) as listen:
         if resume:
             listen(Note(f"{out} holds a run already: going on with it. Delete the folder to start anew."))
         result = run(recipe, out, listen, resume)
     if result.bits_per_byte is None:
         raise typer.Exit(INTERRUPTED)
-    return result.bits_per_byte
+    return recipe, result.bits_per_byte
 
 
-def compress(corpus: "Corpus", as_json: bool) -> dict[str, float]:
+def compress(corpus: "Corpus") -> dict[str, float]:
     """Bits per byte of xz -9e on the held-out modules, alone and after it has seen the training files."""
     from cavelight.data.corpus import xz_bits_per_byte
 
-    with screen("Compressing the same modules with xz -9e", as_json) as listen:
-        listen(Phase("xz", 0, 2, "runs"))
-        alone = xz_bits_per_byte(corpus.held)
-        listen(Phase("xz", 1, 2, "runs"))
-        seen = xz_bits_per_byte(corpus.held, seen=corpus.train)
-        listen(Phase("xz", 2, 2, "runs"))
-    return {"alone": alone, "seen": seen}
+    with ERR.status("xz -9e compresses the held-out text, then the training files with it"):
+        return {"alone": xz_bits_per_byte(corpus.held), "seen": xz_bits_per_byte(corpus.held, seen=corpus.train)}
 
 
-def held_out_prompts(held: "Documents") -> list[str]:
-    """Text that ends where a function of a held-out module begins, from PROMPTS modules."""
-    prompts = []
+def held_out_prompts(held: "Documents", model: "Transformer", tokenizer: "Tokenizer") -> list[list[int]]:
+    """Held-out text up to where a function begins, from PROMPTS modules; the beginnings of texts without functions."""
+    from cavelight.run.generate import begin
+
+    functions, beginnings = [], []
     for document in held:
-        found = FUNCTION.search(document.text, PROMPT_CHARACTERS)
-        if found:
-            prompts.append(document.text[found.end() - PROMPT_CHARACTERS : found.end()])
-        if len(prompts) == PROMPTS:
+        beginnings.append(document.text[: min(PROMPT_CHARACTERS, len(document.text) // 2)])
+        if found := FUNCTION.search(document.text, PROMPT_CHARACTERS):
+            functions.append(document.text[found.end() - PROMPT_CHARACTERS : found.end()])
+        if len(functions) == PROMPTS:
             break
-    return prompts
+    room = model.config.max_position_embeddings - NEW_TOKENS - 1
+    texts = (functions or beginnings)[:PROMPTS]
+    return [begin(model.config) + tokenizer.encode(text)[-room:] for text in texts]
 
 
-def sample(model: "Transformer", tokenizer: "Tokenizer", prompt: str) -> None:
+def sample(model: "Transformer", tokenizer: "Tokenizer", prompt: list[int]) -> None:
     """Stream one continuation to the screen."""
     from cavelight.api import generate
 
     OUT.print("\n[bold]It goes on from a held-out module like this:[/]")
-    OUT.print(Text("\n".join(prompt.splitlines()[-8:]), style="dim"), end="", soft_wrap=True)
+    OUT.print(Text("\n".join(tokenizer.decode(prompt).splitlines()[-8:]), style="dim"), end="", soft_wrap=True)
     stream = generate(model, tokenizer, prompt, max_new_tokens=NEW_TOKENS)
     show(stream, [])
     ERR.print(Text(stream.stats.report(), style="cyan"), soft_wrap=True)
@@ -141,21 +134,20 @@ class Speed:
         return {**vars(self), "ratio": self.ratio, "acceptance": self.acceptance}
 
 
-def compare(model: "Transformer", tokenizer: "Tokenizer", prompts: Sequence[str], as_json: bool) -> Speed:
+def compare(model: "Transformer", prompts: Sequence[list[int]], as_json: bool) -> Speed:
     """Each prompt twice in turn, so that whatever else the machine does meets both alike."""
-    from cavelight.run.generate import TokenStream, begin
+    from cavelight.run.generate import TokenStream
 
     drafted, plain, identical = [], [], True
     with screen("Generating with the model's own drafts, and without", as_json) as listen:
         for number, prompt in enumerate(prompts):
-            listen(Phase("prompts", number, len(prompts), "done"))
-            ids = begin(model.config) + tokenizer.encode(prompt)
-            with_drafts = TokenStream(model, ids, max_new_tokens=NEW_TOKENS)
-            without = TokenStream(model, ids, max_new_tokens=NEW_TOKENS, drafts=0)
+            listen(Phase("generating", number, len(prompts), "prompts"))
+            with_drafts = TokenStream(model, prompt, max_new_tokens=NEW_TOKENS)
+            without = TokenStream(model, prompt, max_new_tokens=NEW_TOKENS, drafts=0)
             identical &= list(with_drafts) == list(without)
             drafted.append(with_drafts.stats)
             plain.append(without.stats)
-        listen(Phase("prompts", len(prompts), len(prompts), "done"))
+        listen(Phase("generating", len(prompts), len(prompts), "prompts"))
     return Speed(together(drafted), together(plain), identical)
 
 
@@ -198,7 +190,7 @@ def conclude(out: Path, bits: float, compressed: dict[str, float], speed: Speed,
     table = Table(show_header=False, title="What the tour found", title_justify="left")
     table.add_column(style="cyan")
     table.add_column(justify="right")
-    table.add_column(style="dim")
+    table.add_column(style="dim", overflow="fold")
     table.add_row("this model", f"{bits:.3f}", "bits per byte on modules that it never saw")
     table.add_row("xz -9e", f"{compressed['alone']:.3f}", "on the same modules")
     table.add_row("xz -9e", f"{compressed['seen']:.3f}", "on the same, having read the training files first")

@@ -18,6 +18,9 @@ app = typer.Typer(
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, one object a line, instead of the screen.")]
+Changes = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe: train.steps=2000.")
+]
 Checkpoint = Annotated[Path, typer.Argument(metavar="DIR", help="A Hugging Face directory, such as an export of ours.")]
 Dtype = Annotated[str, typer.Option(help="Numbers to compute in: auto, float32 or bfloat16.")]
 
@@ -52,7 +55,7 @@ def _main(
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("runs/demo"),
-    minutes: Annotated[float | None, typer.Option(help="Train for so long, instead of what the recipe says.")] = None,
+    changes: Changes = None,
     as_json: Json = False,
 ) -> None:
     """The tour: train a small true V3, export it, generate with its own drafts, draw the report."""
@@ -60,7 +63,7 @@ def demo(
     from cavelight.cli.screen import telling
 
     with telling(as_json):
-        command.demo(out, minutes, as_json)
+        command.demo(out, changes or [], as_json)
 
 
 @app.command()
@@ -68,9 +71,7 @@ def train(
     recipe: Annotated[
         str | None, typer.Argument(metavar="RECIPE", help="A TOML file, or a recipe that comes along: demo.")
     ] = None,
-    changes: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key, as in train.steps=2000.")
-    ] = None,
+    changes: Changes = None,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where the run goes; runs/RECIPE unless told.")
     ] = None,

@@ -77,10 +77,8 @@ def sentence_of(event: Event) -> str:
             return text
         case Saved(path, why):
             return f"saved {path} ({why})"
-        case Phase(name, done, total, "B"):
-            return f"{name}: {done / 1e6:.1f} of {total / 1e6:.1f} MB"
-        case Phase(name, done, total, unit):
-            return f"{name}: {done:,} of {total:,} {unit}"
+        case Phase(name):
+            return f"{name}: {_amount(event)}"
         case Evaluated(step, bits, whole):
             return f"step {step:,}  held-out {bits:.3f} bits per byte ({'all of it' if whole else 'a sample'})"
         case Step():
@@ -89,6 +87,12 @@ def sentence_of(event: Event) -> str:
             parts += [f"{event.tokens_per_second:,.0f} tokens/s"]
             parts += [f"worst MaxVio {max(event.max_vio):.2f}"] if event.max_vio else []
             return "  ".join([*parts, f"{duration(event.seconds_left)} left"])
+
+
+def _amount(phase: Phase) -> str:
+    if phase.unit == "B":
+        return f"{phase.done / 1e6:.1f} of {phase.total / 1e6:.1f} MB"
+    return f"{phase.done:,} of {phase.total:,} {phase.unit}"
 
 
 @dataclass
@@ -117,7 +121,7 @@ class Picture:
         self.looks: list[Evaluated] = []
         self.phase: Phase | None = None
         self.losses, self.mtp_losses = History(), History()
-        self.began = time.monotonic()
+        self.began = self.phase_began = time.monotonic()
 
     def take(self, event: Event) -> None:
         match event:
@@ -131,15 +135,22 @@ class Picture:
                 self.looks.append(event)
                 self.phase = None
             case Phase():
-                self.phase = event if event.done < event.total else None
+                if self.phase is None or self.phase.name != event.name:
+                    self.phase_began = time.monotonic()
+                self.phase = event
 
     def draw(self) -> RenderableType:
         rows: list[RenderableType] = []
         if self.step:
             rows += [self._clock(self.step), Text(), self._figures(self.step)]
         if self.phase:
-            rows.append(_bar(self.phase.name, self.phase.done / max(1, self.phase.total), sentence_of(self.phase)))
+            rows.append(self._progress(self.phase))
         return Panel(Group(*rows or ["preparing"]), title=self.title, title_align="left", border_style="cyan")
+
+    def _progress(self, phase: Phase) -> RenderableType:
+        gone, share = time.monotonic() - self.phase_began, phase.done / max(1, phase.total)
+        left = f", {duration(gone / share - gone)} left" if 0 < share < 1 else ""
+        return _bar(phase.name, share, _amount(phase) + left)
 
     def _clock(self, now: Step) -> RenderableType:
         gone = time.monotonic() - self.began
@@ -168,7 +179,7 @@ class Picture:
             style = "yellow" if worst > EVEN else "green"
             bars = sparkline(now.max_vio, len(now.max_vio), low=0.0, high=max(1.0, worst))
             each = " ".join(f"{vio:.2f}" for vio in now.max_vio[:8]) + (" …" if len(now.max_vio) > 8 else "")
-            table.add_row("MaxVio", Text(f"{worst:.2f}", style=style), f"{bars} worst of the layers: {each}")
+            table.add_row("MaxVio", Text(f"{worst:.2f}", style=style), f"{bars} worst of the layers {each}")
         return table
 
 

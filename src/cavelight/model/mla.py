@@ -10,7 +10,7 @@ from cavelight.model.layers import Linear, RMSNorm, rotate, yarn_mscale
 from cavelight.model.ports import Attend
 from cavelight.spec.config import ModelConfig
 
-LATENT_NORM_EPS = 1e-6  # both latents' norms, whatever rms_norm_eps says: as the checkpoints were trained
+LATENT_NORM_EPS = 1e-6  # both latents' norms, whatever rms_norm_eps says: as transformers has it
 
 
 class MLA(nn.Module):

@@ -69,6 +69,4 @@ def gate_weights(scores_TK: Tensor, config: ModelConfig) -> Tensor:
     """The chosen experts' unbiased scores, normalised where the model does so, then scaled once."""
     if config.norm_topk_prob:
         scores_TK = scores_TK / (scores_TK.sum(dim=-1, keepdim=True) + 1e-20)
-        if config.topk_method != "noaux_tc":  # V2's code normalises instead of scaling
-            return scores_TK
     return scores_TK * config.routed_scaling_factor

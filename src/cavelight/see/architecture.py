@@ -6,6 +6,7 @@ Coordinates are inches from the lower left corner. Letters: E experts, K experts
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
+from random import Random
 from typing import TYPE_CHECKING, Any
 
 from cavelight.see import style
@@ -113,10 +114,17 @@ def _module(axes: "Axes", config: ModelConfig, m: int, x: float) -> None:
     number, drawn_last = m + 1, m == MODULES_DRAWN - 1
     if drawn_last and config.num_nextn_predict_layers > MODULES_DRAWN:
         number = config.num_nextn_predict_layers
-        _say(axes, x + 0.21, STREAM, " · · · ", weight="bold", backgroundcolor=GROUND)
+        _say(axes, x + 0.19, STREAM, "· · ·", weight="bold", bbox={"facecolor": GROUND, "edgecolor": "none", "pad": 2})
     face = BLUE if config.is_moe(config.num_hidden_layers + m) else GREY
     style.box(axes, x + 0.38, STREAM - SLAB / 2, 0.5, SLAB, face)
-    _say(axes, x + 0.63, STREAM, "MTP" if config.num_nextn_predict_layers == 1 else f"MTP\n{number}", color=GROUND, weight="bold")
+    _say(
+        axes,
+        x + 0.63,
+        STREAM,
+        "MTP" if config.num_nextn_predict_layers == 1 else f"MTP\n{number}",
+        color=GROUND,
+        weight="bold",
+    )
     style.arrow(axes, (x + 0.63, STREAM - SLAB / 2 - 0.22), (x + 0.63, STREAM - SLAB / 2))
     _say(axes, x + 0.63, STREAM - SLAB / 2 - 0.32, f"embedding of t + {number}", size=7.5, color=MUTED)
     _head(axes, x + 1.2, f"t + {number + 1}")
@@ -164,7 +172,9 @@ def _cache(axes: "Axes", config: ModelConfig) -> None:
         right = left + width * numbers / max(kept, whole)
         for row in range(4):
             bottom = 0.66 + 0.11 * row
-            axes.fill([left, right, right, left], [bottom, bottom, bottom + 0.08, bottom + 0.08], color=color, linewidth=0)
+            axes.fill(
+                [left, right, right, left], [bottom, bottom, bottom + 0.08, bottom + 0.08], color=color, linewidth=0
+            )
     _say(axes, left, 0.5, f"{kept:,} numbers a token", "left", DEEP_AMBER, weight="bold")
     _say(axes, left + width, 0.5, f"{whole:,} with the keys and values of all heads", "right", MUTED)
 
@@ -174,7 +184,7 @@ def _experts(axes: "Axes", config: ModelConfig) -> None:
     left, middle = 5.52, 2.16
     _title(axes, left, "Mixture of experts")
     each = 3 * config.hidden_size * config.moe_intermediate_size
-    _say(axes, RIGHT - 0.2, CARD_TOP - 0.25, f"{_count(each)} each", "right", MUTED)
+    _say(axes, RIGHT - 0.2, CARD_TOP - 0.25, f"{_count(each)} parameters each", "right", MUTED, size=7.5)
     _block(axes, left, middle - 0.21, 0.78, "router", config.scoring_func, GROUND)
     style.arrow(axes, (left + 0.78, middle), (left + 1.02, middle))
     chosen, open_groups = _example(E, K, G, config.topk_group)
@@ -182,7 +192,7 @@ def _experts(axes: "Axes", config: ModelConfig) -> None:
         _square(axes, x, y, size, BLUE if e in chosen else PALE_BLUE if e // (E // G) in open_groups else FAINT)
     lines = [(BLUE, f"{K} of {E} experts work for a token")]
     if config.topk_group < G:
-        lines.append((PALE_BLUE, f"it may choose from {config.topk_group} of {G} groups"))
+        lines.append((PALE_BLUE, f"the choice is limited to {config.topk_group} of {G} groups"))
     if config.n_shared_experts:
         works = "shared expert works" if config.n_shared_experts == 1 else "shared experts work"
         lines.append((INK, f"{config.n_shared_experts} {works} for every token"))
@@ -190,7 +200,7 @@ def _experts(axes: "Axes", config: ModelConfig) -> None:
         lines.append(("none", "a bias steers the choice, not the weight"))
     for row, (color, words) in enumerate(lines):
         _square(axes, left, 1.17 - 0.225 * row, 0.1, color)
-        _say(axes, left + 0.2, 1.22 - 0.225 * row, words, "left")
+        _say(axes, left + 0.2, 1.22 - 0.225 * row, words, "left", MUTED if color == "none" else INK)
 
 
 def _square(axes: "Axes", x: float, y: float, size: float, color: str) -> None:
@@ -209,10 +219,10 @@ def _opened(config: ModelConfig) -> int:
 
 
 def _example(E: int, K: int, G: int, open_count: int) -> tuple[set[int], set[int]]:
-    """A possible choice of one token: K experts, and the groups they may come from, scattered but always the same."""
-    groups = sorted(range(G), key=lambda g: g * 0.618 % 1)[:open_count]
-    allowed = [e for e in range(E) if e // (E // G) in groups]
-    return set(sorted(allowed, key=lambda e: (e + 3) * 0.7548 % 1)[:K]), set(groups)
+    """What a token might choose: K experts, and the groups they may come from; always the same."""
+    dice = Random(20)
+    groups = set(dice.sample(range(G), open_count))
+    return set(dice.sample([e for e in range(E) if e // (E // G) in groups], K)), groups
 
 
 def _cells(

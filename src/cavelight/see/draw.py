@@ -43,7 +43,7 @@ def draw_run(
     names = moe_layer_names(config) if config else _numbered(series)
     with style.sheet(path, 9.0, 7.3) as figure:
         style.heading(figure, title, _facts(series))
-        left, right, width = 0.6, 5.0, 3.05
+        left, right, width = 0.6, 5.05, 2.95
         _losses(style.panel(figure, left, 1.05, width, 1.95), series)
         _held_out(style.panel(figure, right, 1.05, width, 1.95), {"": series}, reference or {})
         _layers(style.panel(figure, left, 3.8, width, 1.7), series, names)
@@ -81,9 +81,10 @@ def draw_speculation(stats_with: Mapping[str, Any], stats_without: Mapping[str, 
     Both arguments are run.stats.Stats.as_dict() of the same prompts, decoded with drafts and without.
     """
     with style.sheet(path, 7.2, 2.75) as figure:
-        facts = [f"{stats_with['tokens_per_round']:.2f} tokens a round", f"{stats_with['new_tokens']:,} tokens"]
-        if stats_with["rounds"] and stats_with["off"]:
-            facts.append("speculation turned itself off")
+        facts = [f"{stats_with['new_tokens']:,} tokens"]
+        if stats_with["rounds"]:
+            facts.append(f"{stats_with['tokens_per_round']:.2f} of them a round")
+            facts += ["drafting turned itself off"] if stats_with["off"] else []
         style.heading(figure, "Decoding with multi-token prediction", facts)
         _acceptance(style.panel(figure, 0.6, 1.05, 2.4, 1.3), stats_with)
         _speeds(style.panel(figure, 4.4, 1.05, 1.8, 1.3), stats_with, stats_without)
@@ -97,9 +98,10 @@ def _series(metrics: Metrics, name: str) -> Series:
 
 
 def _facts(series: Series) -> list[str]:
-    minutes = series.seconds / 60
+    scales = ((3600, "hours"), (60, "minutes"), (1, "seconds"))
+    size, unit = next((scale for scale in scales if series.seconds >= 2 * scale[0]), scales[-1])
     facts = [f"{series.step_P[-1]:,} steps", f"{style.short(series.tokens_P[-1])} tokens"]
-    facts.append(f"{minutes:.1f} minutes" if minutes < 120 else f"{minutes / 60:.1f} hours")
+    facts.append(f"{series.seconds / size:.1f} {unit}")
     if series.final:
         facts.append(f"{series.final[1]:.3f} bits per byte on all held-out text")
     return facts
@@ -153,7 +155,7 @@ def _held_out(axes: "Axes", runs: Mapping[str, Series], reference: Mapping[str, 
 
 
 def _layers(axes: "Axes", series: Series, names: Sequence[str]) -> None:
-    style.entitle(axes, "Busiest expert of each layer", "load over the mean − 1 (MaxVio)")
+    style.entitle(axes, "Busiest expert of each layer", "MaxVio: load over mean − 1")
     if not names:
         style.say_instead(axes, "no layer has experts")
         return
@@ -173,7 +175,7 @@ def _layers(axes: "Axes", series: Series, names: Sequence[str]) -> None:
 
 def _violations(axes: "Axes", runs: Mapping[str, Series]) -> None:
     """Mean and worst layer of each run."""
-    style.entitle(axes, "Busiest expert", "load over the mean − 1 (MaxVio)")
+    style.entitle(axes, "Busiest expert", "MaxVio: load over mean − 1")
     labels, curves = [], []
     for (name, run), color in zip(runs.items(), (BLUE, AMBER, GREY, INK), strict=False):
         if not run.max_vio_PM.shape[1]:
@@ -250,12 +252,13 @@ def _acceptance(axes: "Axes", stats: Mapping[str, Any]) -> None:
         style.say_instead(axes, stats["off"] or "no draft was made")
         return
     rates = [accepted / proposed for accepted, proposed in zip(stats["accepted"], stats["proposed"], strict=True)]
-    places = np.arange(1, len(rates) + 1)
+    places = range(1, len(rates) + 1)
     axes.bar(places, [1.0] * len(rates), width=0.62, color=FAINT)
     axes.bar(places, rates, width=0.62, color=AMBER)
     for place, rate in zip(places, rates, strict=True):
         axes.text(place, 1.03, f"{rate:.0%}", ha="center", va="bottom", color=DEEP_AMBER, weight="bold")
-    axes.set(xlim=(0.4, max(len(rates), 3) + 0.6), ylim=(0, 1.25), yticks=[], xticks=places)
+    middle, half = (1 + len(rates)) / 2, max(len(rates), 3) / 2 + 0.1
+    axes.set(xlim=(middle - half, middle + half), ylim=(0, 1.25), yticks=[], xticks=places)
     axes.set_xticklabels([f"+{place}" for place in places])
     axes.set_xlabel("places ahead of the verified token", fontsize=8)
     axes.tick_params(length=0)

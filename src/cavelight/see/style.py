@@ -28,7 +28,7 @@ DOTS_PER_INCH = 200
 FORMATS = (".png", ".svg", ".pdf")
 LINE_HEIGHT = 1.25  # of the font's size, between labels
 
-_LOOK = {
+_LOOK: dict[Any, Any] = {
     "font.size": 8.5,
     "text.color": INK,
     "axes.edgecolor": GREY,
@@ -133,8 +133,7 @@ def label_lines(axes: "Axes", labels: Sequence[tuple[float, str, str]], size: fl
     labels: (y in data units, text, colour). The panel's limits have to be set before.
     """
     low, high = axes.get_ylim()
-    inches = axes.get_position().height * axes.figure.get_size_inches()[1]
-    gap = LINE_HEIGHT * size / 72 / inches
+    gap = _line(axes, size)
     wanted = [(min(max(y, low), high) - low) / (high - low) for y, _, _ in labels]
     for y, (_, text, color) in zip(spread(wanted, gap), labels, strict=True):
         axes.annotate(
@@ -155,8 +154,7 @@ def label_levels(axes: "Axes", levels: Sequence[tuple[float, str]], size: float 
 
     low, high = axes.get_ylim()
     low, high = min([low, *(y for y, _ in levels)]), max([high, *(y for y, _ in levels)])
-    inches = axes.get_position().height * axes.figure.get_size_inches()[1]
-    line = LINE_HEIGHT * size / 72 / inches
+    line = _line(axes, size)
     low, high = low - 0.05 * (high - low), high + 1.4 * line * (high - low)
     axes.set_ylim(low, high)
     heights = spread([(y - low) / (high - low) for y, _ in levels], line)
@@ -164,6 +162,11 @@ def label_levels(axes: "Axes", levels: Sequence[tuple[float, str]], size: float 
         axes.axhline(y, color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
         words = axes.text(0.99, height + 0.1 * line, text, transform=axes.transAxes, size=size, ha="right", va="bottom")
         words.set_path_effects([withStroke(linewidth=3, foreground=GROUND)])
+
+
+def _line(axes: "Axes", size: float) -> float:
+    """Height of a line of words as a share of the panel's."""
+    return LINE_HEIGHT * size / 72 / (axes.bbox.height / axes.figure.dpi)
 
 
 def spread(wanted: Sequence[float], gap: float) -> list[float]:
@@ -204,7 +207,9 @@ def diverging() -> "Colormap":
     return LinearSegmentedColormap.from_list("blue-amber", colors)
 
 
-def box(axes: "Axes", left: float, bottom: float, width: float, height: float, face: str, edge: str = "", **more: Any) -> None:
+def box(
+    axes: "Axes", left: float, bottom: float, width: float, height: float, face: str, edge: str = "", **more: Any
+) -> None:
     """A block with slightly rounded corners on a drawing whose units are inches."""
     from matplotlib.patches import FancyBboxPatch
 

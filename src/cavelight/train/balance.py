@@ -12,15 +12,17 @@ from cavelight.model.router import Router, Routing
 from cavelight.model.transformer import Transformer
 
 
-def sequence_balance_loss(routing: Routing, lengths: Sequence[int], keep_T: Tensor | None = None) -> Tensor:
+def sequence_balance_loss(
+    routing: Routing, lengths: Sequence[int], keep_T: Tensor | None = None, *, by_score: bool = True
+) -> Tensor:
     """sum over rows of sum_i f_i P_i (V3 report, eq. 17-20, before alpha).
 
     f_i = E / (K T) times the row's tokens that have expert i among their K best, P_i the mean of its normalised score
-    over the row. The best are taken as eq. 18 has it, by plain scores: what bias and groups then choose is not asked.
-    Tokens where `keep_T` is false are no part of their row.
+    over the row. `by_score`: the best by plain scores, as eq. 18 has it, whatever bias and groups then choose; V2
+    counts what was chosen instead (V2 report, eq. 23-25). Tokens where `keep_T` is false are no part of their row.
     """
     scores_TE = routing.scores_TE / routing.scores_TE.sum(dim=-1, keepdim=True)
-    best_TK = scores_TE.detach().topk(routing.ids_TK.shape[1], dim=-1).indices
+    best_TK = scores_TE.detach().topk(routing.ids_TK.shape[1], dim=-1).indices if by_score else routing.ids_TK
     chosen_TE = torch.zeros_like(scores_TE).scatter_(1, best_TK, 1.0)
     weight_T1 = torch.ones_like(scores_TE[:, :1]) if keep_T is None else keep_T[:, None].to(scores_TE.dtype)
     E, K = scores_TE.shape[1], routing.ids_TK.shape[1]

@@ -53,13 +53,15 @@ def losses(
     rows = rows if rows is not None else len(batch.rows)
     hidden_TD, routings = model(batch.tokens_T, batch.positions_T, attend, dispatch)
     main = _nll(model.head(hidden_TD), batch.targets_TJ[:, 0]) / labels
-    balance, counts = _balance(routings, batch.rows, None, rows)
+    by_score = model.config.topk_method == "noaux_tc"
+    balance, counts = _balance(routings, batch.rows, None, rows, by_score)
     mtp = []
     for depth in range(len(model.mtp)):
-        next_T, label_T = batch.targets_TJ[:, depth], batch.targets_TJ[:, depth + 1]
-        hidden_TD, routings = model.draft(depth, hidden_TD, next_T.clamp(min=0), batch.positions_T, attend, dispatch)
+        label_T = batch.targets_TJ[:, depth + 1]
+        next_T = batch.tokens_T.roll(-depth - 1)  # wrong only at a row's end, where no label follows and nobody looks
+        hidden_TD, routings = model.draft(depth, hidden_TD, next_T, batch.positions_T, attend, dispatch)
         mtp.append(_nll(model.draft_head(depth, hidden_TD), label_T) / labels)
-        module_balance, module_counts = _balance(routings, batch.rows, label_T != IGNORE, rows)
+        module_balance, module_counts = _balance(routings, batch.rows, label_T != IGNORE, rows, by_score)
         balance, counts = balance + module_balance, counts + module_counts
     return Losses(main, tuple(mtp), balance, counts)
 
@@ -73,7 +75,7 @@ def _nll(logits_TV: Tensor, labels_T: Tensor) -> Tensor:
 
 
 def _balance(
-    routings: Sequence[Routing], lengths: Sequence[int], keep_T: Tensor | None, rows: int
+    routings: Sequence[Routing], lengths: Sequence[int], keep_T: Tensor | None, rows: int, by_score: bool
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    parts = [sequence_balance_loss(routing, lengths, keep_T) / rows for routing in routings]
+    parts = [sequence_balance_loss(routing, lengths, keep_T, by_score=by_score) / rows for routing in routings]
     return torch.stack(parts).sum() if parts else torch.zeros(()), tuple(r.counts(keep_T) for r in routings)
