@@ -26,13 +26,15 @@ check: $(VENV)/.ready-dev ## formatting, lint, types and the import fence
 golden: $(VENV)/.ready-dev ## rewrite the golden trajectories; read the diff before committing it
 	$(BIN)/python -m tests.golden --write
 
-PROOFS := $(sort $(wildcard bench/proof_*.py))
+# Proofs are the long runs behind docs/results; everything else in bench/ measures speeds.
+PROOFS := bench/balance.py
 BENCHES := $(filter-out $(PROOFS),$(sort $(wildcard bench/[a-z]*.py)))
 
 bench: $(VENV)/.ready-dev ## measure the speeds that README and docs speak of (bench/*.py)
+	@test -n "$(BENCHES)" || { echo "bench/ holds no benchmark yet." >&2; exit 1; }
 	@set -e; for script in $(BENCHES); do echo "== $$script"; $(BIN)/python $$script; done
 
-proof: $(VENV)/.ready-dev ## repeat the runs behind docs/results (bench/proof_*.py; takes long)
+proof: $(VENV)/.ready-dev ## repeat the runs behind docs/results; takes long
 	@set -e; for script in $(PROOFS); do echo "== $$script"; $(BIN)/python $$script; done
 
 clean: ## remove what the targets made, the environment included; keeps runs/

@@ -1,11 +1,14 @@
 """Fixtures for all tests."""
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+
+# The models of tests are so small that a second thread only waits, above all on a busy machine.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
@@ -14,12 +17,3 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
     if "CAVELIGHT_CACHE" not in os.environ:
         shared: Path = tmp_path_factory.getbasetemp() / "cache"
         monkeypatch.setenv("CAVELIGHT_CACHE", str(shared))
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Sums are taken in one order, whatever the machine's number of cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)

@@ -45,7 +45,7 @@ def drafting_model(config: ModelConfig, seed: int = 0, surprise: float = 0.5) ->
             module.eh_proj.weight.mul_(0.1 * surprise)
             module.eh_proj.weight[:, :D] += torch.eye(D)
             module.enorm.weight.fill_(1)
-            module.norm.weight.copy_(model.model.norm.weight)
+            module.norm.weight.copy_(model.model.norm.weight * (1 + 0.1 * module.norm.weight))
     return model
 
 

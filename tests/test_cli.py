@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 from dataclasses import asdict
@@ -39,6 +40,20 @@ def test_every_command_explains_itself_and_speaks_json(command: str) -> None:
     shown = call(command, "--help")
     assert shown.exit_code == 0
     assert "--json" in shown.output
+
+
+def test_the_readme_speaks_of_commands_and_names_that_exist() -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    lines = [shlex.split(line, comments=True) for line in re.findall(r"^cavelight .*", readme, re.MULTILINE)]
+    assert {words[1] for words in lines} >= set(COMMANDS) - {"demo"}
+    for _, command, *words in lines:
+        explained = call(command, "--help").output
+        for option in (word for word in words if word.startswith("-")):
+            assert f" {option} " in explained, f"{command} {option}"
+    for name in re.findall(r"\bcavelight\.(\w+)\(", readme):
+        assert name in cavelight.__all__
+    for target in re.findall(r"\bmake (\w+) +#", readme):
+        assert f"\n{target}:" in (Path(__file__).parent.parent / "Makefile").read_text(encoding="utf-8")
 
 
 def test_version() -> None:

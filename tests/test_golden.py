@@ -1,5 +1,7 @@
 """The golden trajectory: 20 training steps, compared with the text that is kept of them."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
@@ -12,7 +14,6 @@ def numbers(lines: list[str]) -> np.ndarray:
     return np.array([[float(word) for word in line.split()] for line in lines[1:]])
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_twenty_steps_go_as_they_went_before() -> None:
     """Another processor may round the last bit otherwise; 20 steps let that grow to no more than 1e-4 here.
 
@@ -26,7 +27,6 @@ def test_twenty_steps_go_as_they_went_before() -> None:
     np.testing.assert_allclose(got[:, 5:], expected[:, 5:], atol=2)
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_the_same_seed_gives_the_same_run_to_the_bit() -> None:
     assert list(golden.trajectory()) == list(golden.trajectory())
 
@@ -35,5 +35,5 @@ def test_learning_rate_warms_up_then_falls_to_its_end() -> None:
     recipe = golden.RECIPE
     rates = [learning_rate(recipe, step, step / golden.STEPS) for step in range(golden.STEPS)]
     assert rates[:5] == pytest.approx([recipe.learning_rate * (i + 1) / 5 for i in range(5)])
-    assert all(later < earlier for earlier, later in zip(rates[5:], rates[6:], strict=False))
+    assert all(later < earlier for earlier, later in pairwise(rates[5:]))
     assert learning_rate(recipe, golden.STEPS, 1.0) == pytest.approx(recipe.final_learning_rate)

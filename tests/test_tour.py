@@ -164,16 +164,16 @@ def test_ctrl_c_saves_and_says_how_to_go_on(world: Path) -> None:
     out = world / "stopped"
     command = [sys.executable, "-m", "cavelight", "train", "demo", "--out", str(out), *changes(world), "--json"]
     env = os.environ | {"CAVELIGHT_CACHE": str(world / "cache")}
-    run = subprocess.Popen([*command, "--set", "train.steps=100000"], env=env, stdout=subprocess.PIPE, text=True)
-    assert run.stdout is not None
     heard = []
-    for line in run.stdout:
-        heard.append(json.loads(line))
-        if heard[-1]["kind"] == "step":
-            run.send_signal(signal.SIGINT)
-            break
-    heard += [json.loads(line) for line in run.stdout]
-    assert run.wait() == 130
+    with subprocess.Popen([*command, "--set", "train.steps=100000"], env=env, stdout=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None
+        for line in run.stdout:
+            heard.append(json.loads(line))
+            if heard[-1]["kind"] == "step":
+                run.send_signal(signal.SIGINT)
+                break
+        heard += [json.loads(line) for line in run.stdout]
+    assert run.returncode == 130
     assert f"cavelight train --resume {out}" in heard[-2]["text"]
     assert heard[-1]["interrupted"] is True
     more = call(world, "train", "--resume", str(out), "--set", f"train.steps={heard[-1]['steps'] + 1}", "--json")

@@ -4,6 +4,7 @@ Letters: T tokens, K experts a token, E experts, D hidden size, F expert width, 
 R rows: the pairs sorted by expert (each expert's rows padded to a multiple, where that pays).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ def grouped(
 
     One matrix product an expert and matrix, on rows that lie together; idle experts cost nothing.
     """
-    return _Grouped.apply(x_TD, ids_TK, weights_TK, gate_EFD, up_EFD, down_EDF)
+    y_TD: Tensor = _apply(x_TD, ids_TK, weights_TK, gate_EFD, up_EFD, down_EDF)
+    return y_TD
 
 
 def plain(
@@ -81,6 +83,9 @@ class _Grouped(torch.autograd.Function):
             torch.mm(dup_RF[rows].T, x_RD[rows], out=dup_EFD[e])
         dx_TD = dx_RD.index_select(0, slots_P).view(T, K, -1).sum(dim=1)
         return dx_TD, None, dweights_TK, dgate_EFD, dup_EFD, ddown_EDF
+
+
+_apply: Callable[..., Tensor] = _Grouped.apply
 
 
 def _sort(ids_TK: Tensor, experts: int, multiple: int) -> tuple[Tensor, Tensor, list[tuple[int, slice]]]:

@@ -65,6 +65,6 @@ class MLA(nn.Module):
 
 def softmax_scale(config: ModelConfig) -> float:
     """(N + R)^-1/2, with YaRN times m(mscale_all_dim)^2: the second place in which YaRN scales."""
-    scale = config.qk_head_dim**-0.5
+    scale: float = config.qk_head_dim**-0.5
     yarn = config.rope_scaling
     return scale * yarn_mscale(yarn, yarn.mscale_all_dim) ** 2 if yarn else scale

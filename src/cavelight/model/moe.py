@@ -17,7 +17,7 @@ class Experts(nn.Module):
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device | None) -> None:
         super().__init__()
-        E, F, D = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size
+        E, F, D = config.n_routed_experts or 0, config.moe_intermediate_size, config.hidden_size
         self.gate_proj = nn.Parameter(torch.empty(E, F, D, dtype=dtype, device=device))
         self.up_proj = nn.Parameter(torch.empty(E, F, D, dtype=dtype, device=device))
         self.down_proj = nn.Parameter(torch.empty(E, D, F, dtype=dtype, device=device))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cavelight.kernels import attend, experts
 
@@ -35,9 +35,9 @@ class Attend(Protocol):
 class ExpertWeights(Protocol):
     """What `Dispatch` needs to know of a layer's routed experts."""
 
-    gate_proj: Tensor  # [E, F, D]
-    up_proj: Tensor  # [E, F, D]
-    down_proj: Tensor  # [E, D, F]
+    gate_proj: nn.Parameter  # [E, F, D]
+    up_proj: nn.Parameter  # [E, F, D]
+    down_proj: nn.Parameter  # [E, D, F]
 
 
 class Dispatch(Protocol):

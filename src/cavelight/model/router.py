@@ -34,7 +34,7 @@ class Router(nn.Module):
     def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device | None) -> None:
         super().__init__()
         self.config = config
-        E = config.n_routed_experts
+        E = config.n_routed_experts or 0
         self.weight = nn.Parameter(torch.empty(E, config.hidden_size, dtype=dtype, device=device))
         biased = config.topk_method == "noaux_tc"
         bias_E = torch.zeros(E, dtype=torch.float32, device=device) if biased else None

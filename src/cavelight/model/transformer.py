@@ -87,14 +87,20 @@ class Transformer(nn.Module):
         """
         after = depth - 1 if after is None else after
         if self.config.mtp_hidden == "post_norm":
-            hidden_TD = self.model.norm(hidden_TD) if after == TRUNK else self.mtp[after].norm(hidden_TD)
+            hidden_TD = self._norm_after(after)(hidden_TD)
         embedding_TD = self.model.embed_tokens(tokens_T)
         hidden_TD, routing = self.mtp[depth](hidden_TD, embedding_TD, self.rotary(positions_T), attend, dispatch)
         return hidden_TD, [routing] if routing is not None else []
 
     def draft_head(self, depth: int, hidden_TD: Tensor) -> Tensor:
         """Logits [T, V] of the token depth + 2 places on, by the shared head (V3 report, eq. 23); float32."""
-        return F.linear(self.mtp[depth].norm(hidden_TD), self.lm_head.weight).float()
+        return F.linear(self._norm_after(depth)(hidden_TD), self.lm_head.weight).float()
+
+    def _norm_after(self, module: int) -> RMSNorm:
+        """The norm before the head, of the trunk or of an MTP module."""
+        norm = self.model.norm if module == TRUNK else self.mtp[module].norm
+        assert isinstance(norm, RMSNorm)
+        return norm
 
     def logits(self, tokens_T: Tensor) -> Tensor:
         """Next-token logits [T, V] of one sequence, without a cache."""

@@ -93,12 +93,17 @@ def _name_layers(axes: "Axes", config: ModelConfig, centers: list[float]) -> Non
     dense = [x for n, x in enumerate(centers) if not config.is_moe(n)]
     experts = [x for n, x in enumerate(centers) if config.is_moe(n)]
     height = STREAM + 0.43
+    with_experts = f"{_number(len(experts), 'layer')} with experts"
     if not experts:
-        _say(axes, sum(centers) / len(centers), height, f"{len(centers)} layers")
-        return
-    _say(axes, (experts[0] + experts[-1]) / 2, height, f"{len(experts)} layers with experts", color=BLUE)
-    if dense:
-        _say(axes, max(dense[0] - 0.08, sum(dense) / len(dense) - 0.25), height, f"{len(dense)} dense", "left", MUTED)
+        _say(axes, (dense[0] + dense[-1]) / 2, height, _number(len(dense), "layer"), color=MUTED)
+    elif dense and dense[-1] > experts[0]:  # they alternate
+        _say(axes, (centers[0] + centers[-1]) / 2, height, f"{with_experts}, {len(dense)} dense", color=BLUE)
+    else:
+        _say(axes, max((experts[0] + experts[-1]) / 2, centers[0] + 1.4), height, with_experts, color=BLUE)
+        if dense:
+            _say(
+                axes, max(dense[0] - 0.08, sum(dense) / len(dense) - 0.25), height, f"{len(dense)} dense", "left", MUTED
+            )
 
 
 def _head(axes: "Axes", x: float, predicts: str) -> None:
@@ -190,12 +195,12 @@ def _experts(axes: "Axes", config: ModelConfig) -> None:
     chosen, open_groups = _example(E, K, G, config.topk_group)
     for e, (x, y, size) in enumerate(_cells(E, G, left + 1.1, middle - 0.66, RIGHT - left - 1.3, 1.32)):
         _square(axes, x, y, size, BLUE if e in chosen else PALE_BLUE if e // (E // G) in open_groups else FAINT)
-    lines = [(BLUE, f"{K} of {E} experts work for a token")]
+    lines = [(BLUE, f"{K} of {E} experts {'works' if K == 1 else 'work'} for a token")]
     if config.topk_group < G:
         lines.append((PALE_BLUE, f"the choice is limited to {config.topk_group} of {G} groups"))
     if config.n_shared_experts:
-        works = "shared expert works" if config.n_shared_experts == 1 else "shared experts work"
-        lines.append((INK, f"{config.n_shared_experts} {works} for every token"))
+        works = "works" if config.n_shared_experts == 1 else "work"
+        lines.append((INK, f"{_number(config.n_shared_experts, 'shared expert')} {works} for every token"))
     if config.topk_method == "noaux_tc":
         lines.append(("none", "a bias steers the choice, not the weight"))
     for row, (color, words) in enumerate(lines):
@@ -267,6 +272,10 @@ def _block(
 
 def _say(axes: "Axes", x: float, y: float, words: str, ha: str = "center", color: str = INK, **more: Any) -> None:
     axes.text(x, y, words, **{"ha": ha, "va": "center_baseline", "color": color, "size": 8, **more})
+
+
+def _number(count: int, thing: str) -> str:
+    return f"{count:,} {thing}{'' if count == 1 else 's'}"
 
 
 def _count(number: int) -> str:

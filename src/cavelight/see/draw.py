@@ -68,7 +68,7 @@ def draw_comparison(
     with style.sheet(path, 9.0, 5.9) as figure:
         style.heading(figure, title, _facts(first)[:2])
         _violations(style.panel(figure, 0.6, 1.05, 3.05, 1.95), series)
-        _held_out(style.panel(figure, 5.25, 1.05, 2.85, 1.95), series, {})
+        _held_out(style.panel(figure, 5.2, 1.05, 2.55, 1.95), series, {})
         place, width = 0.95, (7.6 - 0.3 * len(series)) / len(series)
         for i, (label, run) in enumerate(series.items()):
             axes = style.panel(figure, place + i * (width + 0.3), 3.85, width, 1.55)
@@ -149,8 +149,8 @@ def _held_out(axes: "Axes", runs: Mapping[str, Series], reference: Mapping[str, 
         if last:
             words = f"{name}  {last[1]:.2f}".strip() + ("" if name or not run.final else "  all text")
             labels.append((last[1], words, color))
-    style.label_levels(axes, [(bits, f"{name}  {bits:.2f}") for name, bits in reference.items()])
-    style.label_lines(axes, labels)
+    style.label_levels(axes, [(bits, f"{name}  {bits:.2f}") for name, bits in reference.items()], least=0.05)
+    style.label_lines(axes, labels, size=8)
     _along(axes, max((run.tokens_P for run in runs.values()), key=lambda tokens_P: int(tokens_P[-1])), "tokens")
 
 
@@ -175,16 +175,16 @@ def _layers(axes: "Axes", series: Series, names: Sequence[str]) -> None:
 
 def _violations(axes: "Axes", runs: Mapping[str, Series]) -> None:
     """Mean and worst layer of each run."""
-    style.entitle(axes, "Busiest expert", "MaxVio: load over mean − 1")
+    style.entitle(axes, "Busiest expert", "MaxVio, mean of the layers")
     labels, curves = [], []
     for (name, run), color in zip(runs.items(), (BLUE, AMBER, GREY, INK), strict=False):
         if not run.max_vio_PM.shape[1]:
             style.say_instead(axes, "no layer has experts")
             return
-        for kind, y_P in (("worst layer", run.max_vio_PM.max(axis=1)), ("mean", run.max_vio_PM.mean(axis=1))):
-            y_P = smooth(y_P)
-            axes.plot(run.step_P, y_P, color=color, linewidth=1.6 if kind == "mean" else 0.8)
-            labels.append((_last(y_P), f"{name}, {kind}", color))
+        mean_P, worst_P = smooth(run.max_vio_PM.mean(axis=1)), smooth(run.max_vio_PM.max(axis=1))
+        for y_P, words, width in ((mean_P, name, 1.6), (worst_P, "its worst layer", 0.8)):
+            axes.plot(run.step_P, y_P, color=color, linewidth=width)
+            labels.append((_last(y_P), words, color))
             curves.append(y_P)
     _from_zero(axes, curves)
     style.label_lines(axes, labels, size=8)

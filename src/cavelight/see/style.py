@@ -47,6 +47,7 @@ _LOOK: dict[Any, Any] = {
     "xtick.major.width": 0.6,
     "xtick.major.size": 3,
     "ytick.major.size": 0,
+    "axes.formatter.useoffset": False,
     "lines.linewidth": 1.4,
     "lines.solid_capstyle": "round",
     "svg.hashsalt": "cavelight",  # equal figures give equal files
@@ -148,12 +149,16 @@ def label_lines(axes: "Axes", labels: Sequence[tuple[float, str, str]], size: fl
         )
 
 
-def label_levels(axes: "Axes", levels: Sequence[tuple[float, str]], size: float = 8.0) -> None:
-    """Dashed lines across a panel, each with its words on it at the right, and room for them."""
+def label_levels(axes: "Axes", levels: Sequence[tuple[float, str]], least: float = 0.0, size: float = 8.0) -> None:
+    """Dashed lines across a panel, each with its words on it at the right, and room for them.
+
+    levels: (y in data units, text). The panel then spans at least `least`.
+    """
     from matplotlib.patheffects import withStroke
 
     low, high = axes.get_ylim()
     low, high = min([low, *(y for y, _ in levels)]), max([high, *(y for y, _ in levels)])
+    low, high = min(low, (low + high - least) / 2), max(high, (low + high + least) / 2)
     line = _line(axes, size)
     low, high = low - 0.05 * (high - low), high + 1.4 * line * (high - low)
     axes.set_ylim(low, high)

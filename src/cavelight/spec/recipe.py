@@ -31,6 +31,7 @@ class DataSection(_Section):
     tokenizer: str | None = None  # a tokenizer.json or a folder with one; otherwise trained on the corpus
     row_length: PositiveInt = 512  # tokens that see one another at most
     mask_documents: bool = False  # whether attention stops at a document's end; V3's pre-training did not
+    split_line_ends: float = Field(default=0.1, ge=0, le=1)  # share of "signs, line end" tokens that are met as two
 
 
 class TrainSection(_Section):

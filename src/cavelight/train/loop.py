@@ -78,19 +78,15 @@ class _Run:
 
     def run(self) -> Result:
         log = MetricsLog(self.folder.metrics, self.progress.step)
-        try:
-            with _stop_on_interrupt() as stopping:
-                while self._share() < 1 and not stopping.is_set():
-                    self._one_step(log)
-            if stopping.is_set():
-                self._save("interrupted")
-                self.on_event(Note(f"Stopped. Go on with: cavelight train --resume {self.folder.path}"))
-                return self._result(None)
-            self._save("finished")
-            bits = self._evaluate(log, whole=True)
-            return self._result(bits)
-        finally:
-            log.close()
+        with _stop_on_interrupt() as stopping:
+            while self._share() < 1 and not stopping.is_set():
+                self._one_step(log)
+        if stopping.is_set():
+            self._save("interrupted")
+            self.on_event(Note(f"Stopped. Go on with: cavelight train --resume {self.folder.path}"))
+            return self._result(None)
+        self._save("finished")
+        return self._result(self._evaluate(log, whole=True))
 
     def _one_step(self, log: MetricsLog) -> None:
         train, progress = self.recipe.train, self.progress

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cavelight.data.batches import TokenStore, tokenize
-from cavelight.data.corpus import Corpus, read_corpus
+from cavelight.data.corpus import Corpus, Documents, read_corpus
 from cavelight.data.tokenizer import Tokenizer, train_tokenizer
 from cavelight.disk import folder_beside
 from cavelight.errors import UserError
@@ -40,11 +40,15 @@ def prepare(recipe: Recipe, on_event: Callable[[Event], None]) -> Prepared:
     config = recipe.config.replace(
         bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id
     )
-    stores = [
-        tokenize(part, tokenizer, cache_folder(), lambda done, total: on_event(Phase("tokenising", done, total, "B")))
-        for part in (corpus.train, corpus.held)
-    ]
-    return Prepared(config, corpus, tokenizer, *stores)
+
+    def store(part: Documents, split_line_ends: float) -> TokenStore:
+        def progress(done: int, total: int) -> None:
+            on_event(Phase("tokenising", done, total, "B"))
+
+        return tokenize(part, tokenizer, cache_folder(), progress, split_line_ends=split_line_ends)
+
+    train, held = store(corpus.train, recipe.data.split_line_ends), store(corpus.held, 0.0)
+    return Prepared(config, corpus, tokenizer, train, held)
 
 
 def cache_folder() -> Path:

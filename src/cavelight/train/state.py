@@ -95,14 +95,12 @@ class MetricsLog:
         kept = [line for line in _lines(path) if json.loads(line)["step"] <= step] if step else []
         with file_beside(path) as scratch:
             scratch.write_text("".join(kept), encoding="utf-8")
-        self._handle = open(path, "a", encoding="utf-8", buffering=1)
+        self.path = path
 
     def write(self, event: Step | Evaluated, **more: Any) -> None:
         values = {"kind": type(event).__name__.lower(), **asdict(event), **more}
-        self._handle.write(json.dumps(values) + "\n")
-
-    def close(self) -> None:
-        self._handle.close()
+        with open(self.path, "a", encoding="utf-8") as handle:
+            handle.write(json.dumps(values) + "\n")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
