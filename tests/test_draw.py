@@ -1,6 +1,7 @@
 """Figures: what they say is what was logged, no words overlap or leave the sheet, and runs of every kind are drawn."""
 
 import shutil
+import subprocess
 import sys
 import sysconfig
 from collections.abc import Mapping
@@ -17,8 +18,8 @@ from matplotlib.text import Text
 
 from cavelight.errors import UserError
 from cavelight.see import style
-from cavelight.see.architecture import _cells, _example
-from cavelight.see.draw import draw_architecture, draw_comparison, draw_run, draw_speculation
+from cavelight.see.architecture import cells, draw_architecture, example
+from cavelight.see.draw import draw_comparison, draw_run, draw_speculation
 from cavelight.see.series import Series, last_tenth, moe_layer_names, smooth
 from cavelight.spec.presets import preset, preset_names
 from cavelight.train.state import RunFolder, read_metrics
@@ -200,16 +201,16 @@ def test_the_picture_of_v3_has_its_numbers(tmp_path: Path, words: list[str]) -> 
 
 @pytest.mark.parametrize(("E", "G"), [(256, 8), (16, 4), (384, 1), (7, 1), (1, 1), (160, 8)])
 def test_experts_lie_apart_and_inside(E: int, G: int) -> None:
-    cells = list(_cells(E, G, 1.0, 2.0, 1.8, 1.3))
-    assert len(cells) == E
-    for x, y, size in cells:
+    squares = list(cells(E, G, 1.0, 2.0, 1.8, 1.3))
+    assert len(squares) == E
+    for x, y, size in squares:
         assert 1.0 <= x < x + size < 2.8 + 1e-9 and 2.0 - 1e-9 <= y < y + size <= 3.3 + 1e-9
-    for (x, y, size), (u, v, _) in combinations(cells, 2):
+    for (x, y, size), (u, v, _) in combinations(squares, 2):
         assert max(abs(x - u), abs(y - v)) > 1.1 * size
 
 
-def test_the_example_keeps_to_its_groups() -> None:
-    chosen, groups = _example(256, 8, 8, 4)
+def test_theexample_keeps_to_its_groups() -> None:
+    chosen, groups = example(256, 8, 8, 4)
     assert len(chosen) == 8 and len(groups) == 4 and {e // 32 for e in chosen} <= groups
 
 
@@ -266,6 +267,11 @@ def test_drawing_leaves_no_trace(tmp_path: Path) -> None:
     draw_run(metrics(), tmp_path / "run.png", "A run")
     assert dict(matplotlib.rcParams) == before and "matplotlib.pyplot" not in sys.modules
     assert [file.name for file in tmp_path.iterdir()] == ["run.png"]
+
+
+def test_matplotlib_waits_until_something_is_drawn() -> None:
+    command = "import sys, cavelight.see.draw; sys.exit('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", command], check=False).returncode == 0
 
 
 def test_the_users_own_style_does_not_matter(tmp_path: Path) -> None:

@@ -130,4 +130,6 @@ def _next_line(as_json: bool) -> str | None:
     try:
         return (input() if as_json or not sys.stdin.isatty() else OUT.input("[bold green]> ")).strip()
     except EOFError:
+        if OUT.is_terminal:
+            OUT.print()
         return None

@@ -13,6 +13,7 @@ from cavelight.see import style
 from cavelight.see.style import AMBER, BLUE, DEEP_AMBER, FAINT, GREY, GROUND, INK, MUTED
 from cavelight.spec import cost
 from cavelight.spec.config import ModelConfig
+from cavelight.spec.shapes import parameters
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,7 +27,10 @@ MODULES_DRAWN = 2
 
 
 def draw_architecture(config: ModelConfig, path: Path, title: str = "A DeepSeek-V3-style model") -> None:
-    """The model in one picture; path ends in .png, .svg or .pdf."""
+    """The model in one picture, its sizes from the configuration and the table of parameters.
+
+    path: ends in .png, .svg or .pdf. Of more than two prediction modules the first and the last are drawn.
+    """
     with style.sheet(path, WIDTH, HEIGHT) as figure:
         style.heading(figure, title, _facts(config), left=LEFT)
         axes = figure.add_axes((0, 0, 1, 1))
@@ -99,11 +103,11 @@ def _name_layers(axes: "Axes", config: ModelConfig, centers: list[float]) -> Non
     elif dense and dense[-1] > experts[0]:  # they alternate
         _say(axes, (centers[0] + centers[-1]) / 2, height, f"{with_experts}, {len(dense)} dense", color=BLUE)
     else:
-        _say(axes, max((experts[0] + experts[-1]) / 2, centers[0] + 1.4), height, with_experts, color=BLUE)
+        middle = (experts[0] + experts[-1]) / 2
+        _say(axes, max(middle, dense[0] + 1.4) if dense else middle, height, with_experts, color=BLUE)
         if dense:
-            _say(
-                axes, max(dense[0] - 0.08, sum(dense) / len(dense) - 0.25), height, f"{len(dense)} dense", "left", MUTED
-            )
+            left = max(dense[0] - 0.08, sum(dense) / len(dense) - 0.25)
+            _say(axes, left, height, f"{len(dense)} dense", "left", MUTED)
 
 
 def _head(axes: "Axes", x: float, predicts: str) -> None:
@@ -116,20 +120,13 @@ def _head(axes: "Axes", x: float, predicts: str) -> None:
 
 def _module(axes: "Axes", config: ModelConfig, m: int, x: float) -> None:
     """A prediction module between the hidden state at x and its own prediction at x + 1.2."""
-    number, drawn_last = m + 1, m == MODULES_DRAWN - 1
-    if drawn_last and config.num_nextn_predict_layers > MODULES_DRAWN:
-        number = config.num_nextn_predict_layers
+    number, modules = m + 1, config.num_nextn_predict_layers
+    if m == MODULES_DRAWN - 1 < modules - 1:  # this place is for the last of them
+        number = modules
         _say(axes, x + 0.19, STREAM, "· · ·", weight="bold", bbox={"facecolor": GROUND, "edgecolor": "none", "pad": 2})
-    face = BLUE if config.is_moe(config.num_hidden_layers + m) else GREY
+    face = BLUE if config.is_moe(config.num_hidden_layers + number - 1) else GREY
     style.box(axes, x + 0.38, STREAM - SLAB / 2, 0.5, SLAB, face)
-    _say(
-        axes,
-        x + 0.63,
-        STREAM,
-        "MTP" if config.num_nextn_predict_layers == 1 else f"MTP\n{number}",
-        color=GROUND,
-        weight="bold",
-    )
+    _say(axes, x + 0.63, STREAM, "MTP" if modules == 1 else f"MTP\n{number}", color=GROUND, weight="bold")
     style.arrow(axes, (x + 0.63, STREAM - SLAB / 2 - 0.22), (x + 0.63, STREAM - SLAB / 2))
     _say(axes, x + 0.63, STREAM - SLAB / 2 - 0.32, f"embedding of t + {number}", size=7.5, color=MUTED)
     _head(axes, x + 1.2, f"t + {number + 1}")
@@ -188,12 +185,13 @@ def _experts(axes: "Axes", config: ModelConfig) -> None:
     E, K, G = config.n_routed_experts or 0, config.num_experts_per_tok, config.n_group
     left, middle = 5.52, 2.16
     _title(axes, left, "Mixture of experts")
-    each = 3 * config.hidden_size * config.moe_intermediate_size
+    stacks = (p for p in parameters(config) if p.role == "expert" and f".layers.{_opened(config)}." in p.name)
+    each = sum(p.size for p in stacks) // E
     _say(axes, RIGHT - 0.2, CARD_TOP - 0.25, f"{_count(each)} parameters each", "right", MUTED, size=7.5)
     _block(axes, left, middle - 0.21, 0.78, "router", config.scoring_func, GROUND)
     style.arrow(axes, (left + 0.78, middle), (left + 1.02, middle))
-    chosen, open_groups = _example(E, K, G, config.topk_group)
-    for e, (x, y, size) in enumerate(_cells(E, G, left + 1.1, middle - 0.66, RIGHT - left - 1.3, 1.32)):
+    chosen, open_groups = example(E, K, G, config.topk_group)
+    for e, (x, y, size) in enumerate(cells(E, G, left + 1.1, middle - 0.66, RIGHT - left - 1.3, 1.32)):
         _square(axes, x, y, size, BLUE if e in chosen else PALE_BLUE if e // (E // G) in open_groups else FAINT)
     lines = [(BLUE, f"{K} of {E} experts {'works' if K == 1 else 'work'} for a token")]
     if config.topk_group < G:
@@ -223,14 +221,14 @@ def _opened(config: ModelConfig) -> int:
     return layers[len(layers) // 3]
 
 
-def _example(E: int, K: int, G: int, open_count: int) -> tuple[set[int], set[int]]:
+def example(E: int, K: int, G: int, open_count: int) -> tuple[set[int], set[int]]:
     """What a token might choose: K experts, and the groups they may come from; always the same."""
     dice = Random(20)
     groups = set(dice.sample(range(G), open_count))
     return set(dice.sample([e for e in range(E) if e // (E // G) in groups], K)), groups
 
 
-def _cells(
+def cells(
     E: int, G: int, left: float, bottom: float, width: float, height: float
 ) -> Iterator[tuple[float, float, float]]:
     """Squares for E experts in G groups, as large as the space allows: left, bottom and side of each."""
