@@ -64,7 +64,7 @@ def both(name: str, steps: int, changes: Sequence[str]) -> dict[str, Recipe]:
     """The recipe with a number of steps for its only end, and the same without balancing."""
     on = Recipe.read(name, [*changes, f"train.steps={steps}"])
     on = on.model_copy(update={"train": on.train.model_copy(update={"minutes": None})})
-    unbalanced = on.train.model_copy(update={"bias_speed": 0.0, "balance_alpha": 1.0})
+    unbalanced = on.train.model_copy(update={"bias_speed": 0.0, "balance_alpha": 0.0})
     return {ON: on, OFF: on.model_copy(update={"train": unbalanced})}
 
 

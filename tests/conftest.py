@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 
-
 # The models of tests are so small that a second thread only waits, above all on a busy machine.
 torch.set_num_threads(1)
 

@@ -113,6 +113,17 @@ def test_near_ties_are_settled_alike(kind: str, monkeypatch: pytest.MonkeyPatch)
             torch.testing.assert_close(rows, plain_rows, atol=1e-4, rtol=0)
 
 
+def test_a_settled_position_ends_its_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows after it were computed with another one, so even drafts that are right cannot be taken over."""
+    model = drafting_model(small_config(), surprise=0.2)
+    free = run(model, [4, 2], 16, 2)
+    assert max(free.stats.round_tokens) > 1
+    monkeypatch.setattr(generate, "is_close", lambda scores_V: True)
+    settled = run(model, [4, 2], 16, 2)
+    assert set(settled.stats.round_tokens) == {1} and settled.stats.settled == 15
+    assert settled.made == free.made
+
+
 @pytest.mark.parametrize("kind", ["tokens", "experts"])
 def test_without_settling_near_ties_part(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Or the test above would show nothing."""

@@ -100,6 +100,10 @@ class ModelConfig(BaseModel):
     mtp_hidden: Literal["post_norm", "pre_norm"] = "post_norm"
     extra: dict[str, Any] = Field(default_factory=dict)
 
+    def __hash__(self) -> int:
+        """Of some fields: lists and dicts, which others hold, have no hash, and equal configurations need equal ones."""
+        return hash((self.model_type, self.vocab_size, self.hidden_size, self.num_hidden_layers, self.kv_lora_rank))
+
     @property
     def qk_head_dim(self) -> int:
         """N + R: width of a head's query and key in the expanded form."""

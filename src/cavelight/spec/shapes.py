@@ -7,6 +7,7 @@ width. The model, sharding, quantisation, checkpoint names, costs and drawings a
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 from typing import Literal
 
@@ -46,6 +47,7 @@ class Parameter:
         return prod(self.shape)
 
 
+@lru_cache(maxsize=16)
 def parameters(config: ModelConfig) -> tuple[Parameter, ...]:
     """Every parameter and buffer of the model, prediction modules included, each stored once, in module order."""
     sizes = axis_sizes(config)
