@@ -16,6 +16,7 @@ from cavelight.spec.presets import preset
 from cavelight.spec.recipe import TrainSection
 from cavelight.train.optim import Optimizer, initialise, learning_rate
 from cavelight.train.step import train_step
+from cavelight.train.workers import ALONE, Workers
 
 FILE = Path(__file__).parent / "golden" / "nano.txt"
 STEPS = 20
@@ -35,7 +36,7 @@ def some_documents(documents: int = 40, length: int = 60, vocabulary: int = 512)
     return TokenStore(tokens.reshape(-1), starts, np.full(documents, 3 * length, np.int64))
 
 
-def trajectory() -> Iterator[str]:
+def trajectory(workers: Workers = ALONE) -> Iterator[str]:
     """A heading, then a line a step."""
     model = Transformer(preset("nano"))
     initialise(model, RECIPE.init_std, RECIPE.seed)
@@ -44,7 +45,7 @@ def trajectory() -> Iterator[str]:
     yield "step    loss     mtp      balance  gradient  tokens of each expert, a layer a group"
     for step in range(STEPS):
         micro_batches = [batches.batch(2 * step), batches.batch(2 * step + 1)]
-        result = train_step(model, optimizer, micro_batches, RECIPE, learning_rate(RECIPE, step, step / STEPS))
+        result = train_step(model, optimizer, micro_batches, RECIPE, learning_rate(RECIPE, step, step / STEPS), workers)
         counts = "  ".join(" ".join(f"{n:2d}" for n in counts_E.tolist()) for counts_E in result.counts)
         losses = f"{result.loss:.5f}  {result.mtp_loss:.5f}  {result.balance_loss:.5f}  {result.grad_norm:.5f}"
         yield f"{step:4d}  {losses}   {counts}"

@@ -110,7 +110,8 @@ def test_a_prompt_longer_than_the_context_is_refused_in_numbers() -> None:
         generate_tokens(model, [1] * 17)
 
 
-def test_an_empty_prompt_is_the_begin_token() -> None:
+def test_a_prompt_may_be_a_tensor_and_an_empty_one_is_the_begin_token() -> None:
+    assert generate_tokens(MODEL, torch.tensor(PROMPT), 5) == generate_tokens(MODEL, PROMPT, 5)
     assert generate_tokens(MODEL, [], 5) == generate_tokens(MODEL, [CONFIG.bos_token_id], 5)
     with pytest.raises(UserError, match="empty"):
         generate_tokens(random_model(small_config(bos_token_id=None)), [])

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from cavelight.train.optim import learning_rate
+from cavelight.train.workers import Workers
 
 from . import golden
 
@@ -29,6 +30,10 @@ def test_twenty_steps_go_as_they_went_before() -> None:
 
 def test_the_same_seed_gives_the_same_run_to_the_bit() -> None:
     assert list(golden.trajectory()) == list(golden.trajectory())
+
+
+def test_micro_batches_side_by_side_give_the_same_bits() -> None:
+    assert list(golden.trajectory(Workers(2))) == list(golden.trajectory())
 
 
 def test_learning_rate_warms_up_then_falls_to_its_end() -> None:

@@ -264,7 +264,7 @@ def end_tokens(config: ModelConfig) -> list[int]:
 
 def checked_prompt(config: ModelConfig, tokens: Sequence[int]) -> list[int]:
     """The prompt as a list; an empty one becomes the begin token. Raises UserError if it cannot be used."""
-    prompt = list(tokens) or begin(config)
+    prompt = [int(token) for token in tokens] or begin(config)  # a tensor will do too
     if not prompt:
         raise UserError("The prompt is empty", why="this model has no begin token to start from", do="give some text")
     unknown = [token for token in prompt if not 0 <= token < config.vocab_size]

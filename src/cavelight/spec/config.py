@@ -101,7 +101,7 @@ class ModelConfig(BaseModel):
     extra: dict[str, Any] = Field(default_factory=dict)
 
     def __hash__(self) -> int:
-        """Of some fields: lists and dicts, which others hold, have no hash, and equal configurations need equal ones."""
+        """Of some fields: others may hold lists and dicts, which have no hash."""
         return hash((self.model_type, self.vocab_size, self.hidden_size, self.num_hidden_layers, self.kv_lora_rank))
 
     @property

@@ -42,11 +42,12 @@ class TrainSection(_Section):
         None  # a budget of time instead, or as well: the schedule ends with whichever is first
     )
     rows_per_step: PositiveInt = 8
-    rows_per_microbatch: PositiveInt | None = None  # fewer rows at once, for less memory; the gradient is the same
+    rows_per_microbatch: PositiveInt | None = None  # rows that one core takes at once; the gradient is the same
     seed: int = 0
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of weights and activations; masters are always float32
     init_std: PositiveFloat = 0.006
     learning_rate: PositiveFloat = 2.2e-4
+    embedding_rate: PositiveFloat = 1.0  # the embedding learns at so many times the learning rate
     final_learning_rate: NonNegativeFloat = 2.2e-5
     warmup_steps: int = Field(default=2000, ge=0)
     beta1: float = Field(default=0.9, ge=0, lt=1)

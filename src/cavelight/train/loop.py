@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from cavelight.data.batches import Batches
 from cavelight.errors import UserError
 from cavelight.model.transformer import Transformer
@@ -20,6 +22,7 @@ from cavelight.train.optim import Optimizer, initialise, learning_rate, pick_dty
 from cavelight.train.prepare import Prepared, prepare
 from cavelight.train.state import MetricsLog, Progress, RunFolder, load_state, save_state
 from cavelight.train.step import StepResult, train_step
+from cavelight.train.workers import Workers
 from cavelight.weights.snapshot import write_checkpoint
 
 SPEED_WINDOW = 20  # steps over which speed is averaged
@@ -70,6 +73,8 @@ class _Run:
             seed=recipe.train.seed,
             mask_documents=recipe.data.mask_documents,
         )
+        micro_batches = recipe.train.rows_per_step // self.micro_rows
+        self.workers = Workers(min(torch.get_num_threads(), micro_batches))
         self.durations: deque[float] = deque(maxlen=SPEED_WINDOW)
         folder.write_recipe(recipe)
         kind = str(dtype).removeprefix("torch.")
@@ -94,7 +99,7 @@ class _Run:
         rate = learning_rate(train, progress.step, self._share())
         per_step = train.rows_per_step // self.micro_rows
         micro_batches = [self.batches.batch(progress.step * per_step + i) for i in range(per_step)]
-        result = train_step(self.model, self.optimizer, micro_batches, train, rate)
+        result = train_step(self.model, self.optimizer, micro_batches, train, rate, self.workers)
         progress.step += 1
         progress.tokens += sum(len(batch.tokens_T) for batch in micro_batches)
         seconds = time.monotonic() - started
@@ -146,7 +151,8 @@ class _Run:
 
     def _evaluate(self, log: MetricsLog, whole: bool) -> float:
         limit = None if whole else self.recipe.train.evaluate_bytes
-        bits = held_out_bits_per_byte(self.model, self.data.held, self.recipe.data.row_length, limit, self.on_event)
+        context = self.recipe.data.row_length
+        bits = held_out_bits_per_byte(self.model, self.data.held, context, limit, self.on_event, self.workers)
         event = Evaluated(self.progress.step, bits, whole)
         log.write(event)
         self.on_event(event)

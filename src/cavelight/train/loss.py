@@ -27,6 +27,9 @@ class Losses:
     balance: Tensor  # sum over MoE layers of the mean over the step's rows, before alpha: V3 report, eq. 17-20
     counts: tuple[Tensor, ...]
 
+    def detach(self) -> "Losses":
+        return Losses(self.main.detach(), tuple(d.detach() for d in self.mtp), self.balance.detach(), self.counts)
+
     def total(self, mtp_weight: float, balance_alpha: float) -> Tensor:
         """L_main + lambda / D sum_k L_k + alpha L_balance (V3 report, eq. 25 and 17)."""
         total = self.main + balance_alpha * self.balance

@@ -1,6 +1,7 @@
 """Initialisation by role, AdamW on float32 masters, and the learning rate."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -31,43 +32,42 @@ def initialise(model: Transformer, std: float, seed: int) -> None:
 class Optimizer:
     """AdamW that keeps float32 masters where the model's weights are narrower, and sums gradients in float32.
 
-    Norms are exempt from weight decay: pulling a gain towards zero is no regularisation.
+    Norms are exempt from weight decay: pulling a gain towards zero is no regularisation. The embedding has a rate
+    of its own, `embedding_rate` times the others': most of its rows are met rarely.
     """
 
     def __init__(self, model: Transformer, recipe: TrainSection) -> None:
         roles = {parameter.name: parameter.role for parameter in parameters(model.config)}
-        self.masters: dict[str, nn.Parameter] = {}
         self.weights: dict[str, nn.Parameter] = dict(model.named_parameters())
-        for name, weight in self.weights.items():
-            self.masters[name] = weight if weight.dtype == torch.float32 else self._master(weight)
-        decayed = [master for name, master in self.masters.items() if roles[name] != "norm"]
-        others = [master for name, master in self.masters.items() if roles[name] == "norm"]
+        self.masters = {
+            name: weight if weight.dtype == torch.float32 else nn.Parameter(weight.detach().float())
+            for name, weight in self.weights.items()
+        }
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+        for name, master in self.masters.items():
+            decay = 0.0 if roles[name] == "norm" else recipe.weight_decay
+            factor = recipe.embedding_rate if roles[name] == "embedding" else 1.0
+            groups.setdefault((decay, factor), []).append(master)
+        self.factors = [factor for _, factor in groups]
         self.adamw = torch.optim.AdamW(
-            [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}],
+            [{"params": masters, "weight_decay": decay / factor} for (decay, factor), masters in groups.items()],
             betas=(recipe.beta1, recipe.beta2),
             fused=True,
         )
 
-    @staticmethod
-    def _master(weight: nn.Parameter) -> nn.Parameter:
-        master = nn.Parameter(weight.detach().float())
-
-        def move_gradient(weight: Tensor) -> None:
-            assert weight.grad is not None
-            gradient = weight.grad.float()
-            master.grad = gradient if master.grad is None else master.grad.add_(gradient)
-            weight.grad = None
-
-        weight.register_post_accumulate_grad_hook(move_gradient)
-        return master
+    @torch.no_grad()
+    def add(self, gradients: Sequence[Tensor]) -> None:
+        """Add a micro-batch's gradients, in the order of the model's parameters."""
+        for master, gradient in zip(self.masters.values(), gradients, strict=True):
+            master.grad = gradient.float() if master.grad is None else master.grad.add_(gradient)
 
     @torch.no_grad()
     def step(self, learning_rate: float, clip_norm: float) -> float:
         """Clip, step, write the masters back. Returns the gradient's norm before clipping."""
         norm = float(nn.utils.clip_grad_norm_(self.masters.values(), clip_norm))
         if math.isfinite(norm):  # a NaN would poison every weight at once; the loop reports it
-            for group in self.adamw.param_groups:
-                group["lr"] = learning_rate
+            for group, factor in zip(self.adamw.param_groups, self.factors, strict=True):
+                group["lr"] = learning_rate * factor
             self.adamw.step()
             for name, weight in self.weights.items():
                 if weight is not self.masters[name]:

@@ -1,4 +1,4 @@
-"""One optimizer step: losses of its micro-batches, gradients, update, routing biases.
+"""One optimizer step: losses and gradients of its micro-batches, update, routing biases.
 
 Letters: E experts.
 """
@@ -13,8 +13,9 @@ from cavelight.data.batches import Batch
 from cavelight.model.transformer import Transformer
 from cavelight.spec.recipe import TrainSection
 from cavelight.train.balance import update_biases
-from cavelight.train.loss import count_labels, losses
+from cavelight.train.loss import Losses, count_labels, losses
 from cavelight.train.optim import Optimizer
+from cavelight.train.workers import ALONE, Workers
 
 
 @dataclass(frozen=True)
@@ -34,19 +35,30 @@ def train_step(
     micro_batches: Sequence[Batch],
     recipe: TrainSection,
     learning_rate: float,
+    workers: Workers = ALONE,
 ) -> StepResult:
     """Gradients summed over the micro-batches equal those of one large batch; biases move once, by all counts."""
     labels = sum(count_labels(batch) for batch in micro_batches)
     rows = sum(len(batch.rows) for batch in micro_batches)
-    loss, mtp_loss, balance_loss = 0.0, 0.0, 0.0
-    counts: list[Tensor] = []
-    for batch in micro_batches:
+    weights = tuple(model.parameters())
+
+    def differentiate(batch: Batch) -> tuple[Losses, tuple[Tensor, ...]]:
         part = losses(model, batch, labels, rows)
-        torch.autograd.backward(part.total(recipe.mtp_weight, recipe.balance_alpha))
-        loss += float(part.main.detach())
-        mtp_loss += sum(float(depth.detach()) for depth in part.mtp) / max(len(part.mtp), 1)
-        balance_loss += float(part.balance.detach())
-        counts = [a + b for a, b in zip(counts, part.counts, strict=True)] if counts else list(part.counts)
+        total = part.total(recipe.mtp_weight, recipe.balance_alpha)
+        return part.detach(), torch.autograd.grad(total, weights, materialize_grads=True)
+
+    parts: list[Losses] = []
+    for part, gradients in workers.map(differentiate, micro_batches):
+        parts.append(part)
+        optimizer.add(gradients)
+    counts = tuple(torch.stack(layer).sum(dim=0) for layer in zip(*(part.counts for part in parts), strict=True))
     grad_norm = optimizer.step(learning_rate, recipe.clip_norm)
     update_biases(model, counts, recipe.bias_speed)
-    return StepResult(loss, mtp_loss, balance_loss, grad_norm, tuple(counts))
+    depths = sum(float(depth) for part in parts for depth in part.mtp)
+    return StepResult(
+        loss=sum(float(part.main) for part in parts),
+        mtp_loss=depths / max(len(model.mtp), 1),
+        balance_loss=sum(float(part.balance) for part in parts),
+        grad_norm=grad_norm,
+        counts=counts,
+    )
