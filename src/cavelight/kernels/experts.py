@@ -41,24 +41,22 @@ class _Grouped(torch.autograd.Function):
     def forward(ctx: Any, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, *matrices: Tensor) -> Tensor:
         gate_EFD, up_EFD, down_EDF = matrices
         (T, K), D, width = ids_TK.shape, x_TD.shape[1], gate_EFD.shape[1]
-        slots_P, pairs_R, spans = _sort(ids_TK, gate_EFD.shape[0], _row_multiple(x_TD))
+        slots_P, pairs_R, sizes = _sort(ids_TK, gate_EFD.shape[0], _row_multiple(x_TD))
         x_RD = x_TD.index_select(0, pairs_R // K)
         gate_RF, up_RF = x_RD.new_empty(x_RD.shape[0], width), x_RD.new_empty(x_RD.shape[0], width)
-        for e, rows in spans:
-            torch.mm(x_RD[rows], gate_EFD[e].T, out=gate_RF[rows])
-            torch.mm(x_RD[rows], up_EFD[e].T, out=up_RF[rows])
+        _multiply(x_RD, gate_EFD.mT, gate_RF, sizes)
+        _multiply(x_RD, up_EFD.mT, up_RF, sizes)
         a_RF = F.silu(gate_RF).mul_(up_RF)
         y_RD = torch.empty_like(x_RD)
-        for e, rows in spans:
-            torch.mm(a_RF[rows], down_EDF[e].T, out=y_RD[rows])
+        _multiply(a_RF, down_EDF.mT, y_RD, sizes)
         y_TKD = y_RD.index_select(0, slots_P).view(T, K, D)
         ctx.save_for_backward(x_RD, gate_RF, up_RF, y_TKD, weights_TK, slots_P, pairs_R, *matrices)
-        ctx.spans = spans
+        ctx.sizes = sizes
         return torch.bmm(weights_TK[:, None].to(y_TKD.dtype), y_TKD)[:, 0]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (dy_TD,) = grads
+        (dy_TD,), sizes = grads, ctx.sizes
         x_RD, gate_RF, up_RF, y_TKD, weights_TK, slots_P, pairs_R, gate_EFD, up_EFD, down_EDF = ctx.saved_tensors
         T, K = weights_TK.shape
         dweights_TK = torch.bmm(y_TKD, dy_TD[..., None])[..., 0].to(weights_TK.dtype)
@@ -68,41 +66,57 @@ class _Grouped(torch.autograd.Function):
         dy_RD = dy_TD.index_select(0, pairs_R // K).mul_(weights_R[:, None])
         sigmoid_RF = gate_RF.sigmoid()
         silu_RF = gate_RF * sigmoid_RF
-        a_RF = silu_RF * up_RF
-        da_RF, ddown_EDF = torch.empty_like(a_RF), torch.zeros_like(down_EDF)
-        for e, rows in ctx.spans:
-            torch.mm(dy_RD[rows], down_EDF[e], out=da_RF[rows])
-            torch.mm(dy_RD[rows].T, a_RF[rows], out=ddown_EDF[e])
+        da_RF = torch.empty_like(gate_RF)
+        _multiply(dy_RD, down_EDF, da_RF, sizes)
+        ddown_EDF = _multiply_rows(dy_RD, silu_RF * up_RF, sizes)
         dup_RF = da_RF * silu_RF
         dgate_RF = da_RF.mul_(up_RF).mul_(silu_RF.mul_(1 - sigmoid_RF).add_(sigmoid_RF))  # silu' = silu (1 - s) + s
-        dx_RD, dgate_EFD, dup_EFD = torch.empty_like(x_RD), torch.zeros_like(gate_EFD), torch.zeros_like(up_EFD)
-        for e, rows in ctx.spans:
-            torch.mm(dgate_RF[rows], gate_EFD[e], out=dx_RD[rows])
-            dx_RD[rows].addmm_(dup_RF[rows], up_EFD[e])
-            torch.mm(dgate_RF[rows].T, x_RD[rows], out=dgate_EFD[e])
-            torch.mm(dup_RF[rows].T, x_RD[rows], out=dup_EFD[e])
+        dx_RD = torch.empty_like(x_RD)
+        _multiply(dgate_RF, gate_EFD, dx_RD, sizes)
+        _multiply(dup_RF, up_EFD, dx_RD, sizes, add=True)
         dx_TD = dx_RD.index_select(0, slots_P).view(T, K, -1).sum(dim=1)
-        return dx_TD, None, dweights_TK, dgate_EFD, dup_EFD, ddown_EDF
+        return (
+            dx_TD,
+            None,
+            dweights_TK,
+            _multiply_rows(dgate_RF, x_RD, sizes),
+            _multiply_rows(dup_RF, x_RD, sizes),
+            ddown_EDF,
+        )
+
+
+def _multiply(a_RX: Tensor, b_EXY: Tensor, out_RY: Tensor, sizes: list[int], add: bool = False) -> None:
+    """out = a b, or out += a b, each expert's rows with its own matrix."""
+    for a, b, out in zip(a_RX.split(sizes), b_EXY.unbind(), out_RY.split(sizes), strict=True):
+        if a.shape[0]:
+            torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
+
+
+def _multiply_rows(a_RX: Tensor, b_RY: Tensor, sizes: list[int]) -> Tensor:
+    """aT b over each expert's rows, [E, X, Y]; zero where it has none."""
+    out_EXY = a_RX.new_empty(len(sizes), a_RX.shape[1], b_RY.shape[1])
+    for a, b, out in zip(a_RX.mT.split(sizes, dim=1), b_RY.split(sizes), out_EXY.unbind(), strict=True):
+        torch.mm(a, b, out=out)
+    return out_EXY
 
 
 _apply: Callable[..., Tensor] = _Grouped.apply
 
 
-def _sort(ids_TK: Tensor, experts: int, multiple: int) -> tuple[Tensor, Tensor, list[tuple[int, slice]]]:
-    """Each pair's row [P]; each row's pair [R], 0 where it is padding; each busy expert with its rows."""
+def _sort(ids_TK: Tensor, experts: int, multiple: int) -> tuple[Tensor, Tensor, list[int]]:
+    """Each pair's row [P]; each row's pair [R], 0 where it is padding; how many rows each expert has."""
     ids_P = ids_TK.flatten()
     order_P = ids_P.argsort(stable=True)
     counts_E = torch.bincount(ids_P, minlength=experts)
     room_E = (counts_E + multiple - 1) // multiple * multiple
-    ends_E = room_E.cumsum(0)
-    shift_E = (ends_E - room_E) - (counts_E.cumsum(0) - counts_E)  # how far padding moves an expert's rows
+    shift_E = (room_E - counts_E).cumsum(0) - (room_E - counts_E)  # how far padding moves an expert's rows
     rows_P = torch.arange(ids_P.numel(), device=ids_P.device) + shift_E[ids_P[order_P]]
     slots_P = torch.empty_like(ids_P)
     slots_P[order_P] = rows_P
-    pairs_R = ids_P.new_zeros(int(ends_E[-1]))
+    sizes: list[int] = room_E.tolist()
+    pairs_R = ids_P.new_zeros(sum(sizes))
     pairs_R[rows_P] = order_P
-    bounds = zip((ends_E - room_E).tolist(), ends_E.tolist(), strict=True)
-    return slots_P, pairs_R, [(e, slice(start, end)) for e, (start, end) in enumerate(bounds) if end > start]
+    return slots_P, pairs_R, sizes
 
 
 def _row_multiple(x_TD: Tensor) -> int:

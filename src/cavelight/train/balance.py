@@ -1,6 +1,6 @@
 """Keeping experts evenly busy: the bias that steers the choice, and the small loss within each sequence.
 
-Letters: T tokens, E experts, K experts a token.
+Letters: T tokens, B rows, E experts, K experts a token.
 """
 
 from collections.abc import Iterable, Sequence
@@ -24,15 +24,15 @@ def sequence_balance_loss(
     scores_TE = routing.scores_TE / routing.scores_TE.sum(dim=-1, keepdim=True)
     best_TK = scores_TE.detach().topk(routing.ids_TK.shape[1], dim=-1).indices if by_score else routing.ids_TK
     chosen_TE = torch.zeros_like(scores_TE).scatter_(1, best_TK, 1.0)
-    weight_T1 = torch.ones_like(scores_TE[:, :1]) if keep_T is None else keep_T[:, None].to(scores_TE.dtype)
+    if keep_T is not None:
+        scores_TE, chosen_TE = scores_TE * keep_T[:, None], chosen_TE * keep_T[:, None]
+    row_T = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).to(scores_TE.device)
     E, K = scores_TE.shape[1], routing.ids_TK.shape[1]
-    total = scores_TE.new_zeros(())
-    parts = (t.split(list(lengths)) for t in (scores_TE * weight_T1, chosen_TE * weight_T1, weight_T1))
-    for scores, chosen, weight in zip(*parts, strict=True):
-        tokens = weight.sum().clamp(min=1)
-        f_E, p_E = chosen.sum(0) * (E / (K * tokens)), scores.sum(0) / tokens
-        total = total + (f_E * p_E).sum()
-    return total
+    zeros_BE = scores_TE.new_zeros(len(lengths), E)
+    chosen_BE, scores_BE = zeros_BE.index_add(0, row_T, chosen_TE), zeros_BE.index_add(0, row_T, scores_TE)
+    tokens_B1 = chosen_BE.sum(dim=1, keepdim=True).clamp(min=K) / K
+    f_BE, p_BE = chosen_BE * E / (K * tokens_B1), scores_BE / tokens_B1
+    return (f_BE * p_BE).sum()
 
 
 def routers(model: Transformer) -> list[Router]:
