@@ -27,15 +27,14 @@ golden: $(VENV)/.ready-dev ## rewrite the golden trajectories; read the diff bef
 	$(BIN)/python -m tests.golden --write
 
 # Proofs are the long runs behind docs/results; everything else in bench/ measures speeds.
-PROOFS := bench/balance.py
-BENCHES := $(filter-out $(PROOFS),$(sort $(wildcard bench/[a-z]*.py)))
+PROOFS := bench.balance
+BENCHES := bench.speculation
 
 bench: $(VENV)/.ready-dev ## measure the speeds that README and docs speak of (bench/*.py)
-	@test -n "$(BENCHES)" || { echo "bench/ holds no benchmark yet." >&2; exit 1; }
-	@set -e; for script in $(BENCHES); do echo "== $$script"; $(BIN)/python $$script; done
+	@set -e; for script in $(BENCHES); do echo "== $$script"; $(BIN)/python -m $$script; done
 
 proof: $(VENV)/.ready-dev ## repeat the runs behind docs/results; takes long
-	@set -e; for script in $(PROOFS); do echo "== $$script"; $(BIN)/python $$script; done
+	@set -e; for script in $(PROOFS); do echo "== $$script"; $(BIN)/python -m $$script; done
 
 clean: ## remove what the targets made, the environment included; keeps runs/
 	rm -rf $(VENV) .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist

@@ -1,21 +1,16 @@
 """What balancing does: the same recipe trained twice, with the bias and the sequence loss and without either.
 
-python bench/balance.py --steps 1000 writes docs/results/balance.md and balance.png. The runs stay in runs/balance: one
+python -m bench.balance --steps 1000 writes docs/results/balance.md and balance.png. The runs stay in runs/balance: one
 that was stopped goes on when the same command comes again, one that is finished is only read.
 """
 
 import argparse
-import os
-import platform
 import shlex
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
-
+from bench.provenance import commit, machine
 from cavelight.cli.progress import screen
 from cavelight.disk import file_beside
 from cavelight.errors import UserError
@@ -27,7 +22,6 @@ from cavelight.train.optim import pick_dtype
 from cavelight.train.state import RunFolder, read_metrics
 
 ON, OFF = "balancing on", "balancing off"
-ROOT = Path(__file__).parent.parent
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -102,8 +96,8 @@ def report(recipes: Mapping[str, Recipe], runs: Mapping[str, Series], figure: st
         f"| bits per byte on all held-out text | {bits(on):.4f} | {bits(off):.4f} |\n"
         f"| training tokens | {on.tokens_P[-1]:,} | {off.tokens_P[-1]:,} |\n"
         f"| minutes | {on.seconds / 60:.1f} | {off.seconds / 60:.1f} |",
-        f"Command: `{shlex.join(['python', 'bench/balance.py', *called])}`  \nCommit: {commit()}  \n"
-        f"Machine: {machine(recipes[ON])}",
+        f"Command: `{shlex.join(['python', '-m', 'bench.balance', *called])}`  \nCommit: {commit()}  \n"
+        f"Machine: {machine(pick_dtype(recipes[ON].train.dtype))}",
     ]
     return "\n\n".join(lines) + "\n"
 
@@ -124,31 +118,6 @@ def verdict(on: Series) -> str:
 def bits(series: Series) -> float:
     assert series.final is not None  # both runs went to their end
     return series.final[1]
-
-
-def commit() -> str:
-    """The commit that stands checked out, and whether files differ from it."""
-
-    def git(*arguments: str) -> Any:
-        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
-
-    head = git("rev-parse", "HEAD")
-    if head.returncode:
-        return "none"
-    changed = git("status", "--porcelain", "--untracked-files=no").stdout.strip()
-    return f"{head.stdout.strip()}{' with changes' if changed else ''}"
-
-
-def machine(recipe: Recipe) -> str:
-    dtype = str(pick_dtype(recipe.train.dtype)).removeprefix("torch.")
-    return f"{processor()}, {os.cpu_count()} cores, torch {torch.__version__}, {dtype}"
-
-
-def processor() -> str:
-    """The CPU's name as the system has it."""
-    listing = Path("/proc/cpuinfo")
-    lines = listing.read_text(encoding="utf-8").splitlines() if listing.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 if __name__ == "__main__":

@@ -24,14 +24,18 @@ from cavelight.weights.snapshot import read_checkpoint, write_checkpoint
 __all__ = ["Transformer", "generate", "generate_tokens", "load", "preset", "read_config", "save", "train"]
 
 
-def load(path: str | Path, dtype: torch.dtype | None = None) -> tuple[Transformer, Tokenizer]:
+def load(
+    path: str | Path, dtype: torch.dtype | None = None, *, without_mtp: bool = False
+) -> tuple[Transformer, Tokenizer]:
     """The model and tokenizer of a Hugging Face directory (DeepSeek-V2 or -V3 layout), or of a run of `train`.
 
-    dtype: of the weights; the checkpoint's own unless given (see weights.snapshot.read_checkpoint).
+    dtype: of the weights; the checkpoint's own unless given (see weights.snapshot.read_checkpoint). without_mtp: leave
+    the prediction modules out; needed where the configuration announces some that the files lack, as what transformers
+    saves does.
     Raises UserError for anything missing, left over or broken.
     """
     folder = checkpoint_folder(path)
-    return read_checkpoint(folder, dtype), Tokenizer.load(folder)
+    return read_checkpoint(folder, dtype, without_mtp=without_mtp), Tokenizer.load(folder)
 
 
 def checkpoint_folder(path: str | Path) -> Path:

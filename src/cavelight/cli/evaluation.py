@@ -12,14 +12,17 @@ from cavelight.spec.events import Phase
 ROW_LENGTH = 512  # tokens of context at most, for checkpoints that come without the recipe of their run
 
 
-def evaluate(path: Path, corpus: str | None, dtype: str, as_json: bool) -> None:
+def evaluate(path: Path, corpus: str | None, dtype: str, without_mtp: bool, as_json: bool) -> None:
     """The run's own corpus and row length unless `corpus` names another; the standard library where there is no run."""
-    model, tokenizer = load(path, dtype)
+    model, tokenizer = load(path, dtype, without_mtp)
+
+    import torch
 
     from cavelight.data.batches import tokenize
     from cavelight.data.corpus import read_corpus
     from cavelight.train.evaluate import held_out_bits_per_byte
     from cavelight.train.state import RunFolder
+    from cavelight.train.workers import Workers
 
     run = RunFolder(path)
     recipe = run.read_recipe() if run.recipe.is_file() else None
@@ -29,7 +32,7 @@ def evaluate(path: Path, corpus: str | None, dtype: str, as_json: bool) -> None:
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch, screen(f"{path} on held-out text of {spec}", as_json) as listen:
         store = tokenize(held, tokenizer, scratch, lambda done, total: listen(Phase("tokenising", done, total, "B")))
-        bits = held_out_bits_per_byte(model, store, row_length, None, listen)
+        bits = held_out_bits_per_byte(model, store, row_length, None, listen, Workers(torch.get_num_threads()))
     size, seconds = int(store.bytes_M.sum()), time.monotonic() - began
     if as_json:
         say_json({"kind": "result", "bits_per_byte": bits, "bytes": size, "tokens": len(store), "seconds": seconds})

@@ -50,7 +50,7 @@ def drafts_of(text: str) -> Drafts:
     return int(text)
 
 
-def load(path: Path, dtype: str) -> "tuple[Transformer, Tokenizer]":
+def load(path: Path, dtype: str, without_mtp: bool = False) -> "tuple[Transformer, Tokenizer]":
     """Model and tokenizer; `dtype` as on the command line, `auto` for the checkpoint's own."""
     import torch
 
@@ -60,16 +60,16 @@ def load(path: Path, dtype: str) -> "tuple[Transformer, Tokenizer]":
     if dtype not in dtypes:
         raise UserError("There is no such type of number here", got=dtype, do=f"choose one of {', '.join(dtypes)}")
     with ERR.status(f"loading {path}"):
-        return load_checkpoint(path, dtypes[dtype])
+        return load_checkpoint(path, dtypes[dtype], without_mtp=without_mtp)
 
 
-def generate(path: Path, prompt: str | None, options: Options, dtype: str, as_json: bool) -> None:
+def generate(path: Path, prompt: str | None, options: Options, dtype: str, without_mtp: bool, as_json: bool) -> None:
     """Stream what follows `prompt` (standard input where None) to stdout; what it took goes to stderr."""
     if prompt is None:
         if sys.stdin.isatty():
             raise UserError("There is no prompt", do="give one with -p, or pipe it in")
         prompt = sys.stdin.read()
-    model, tokenizer = load(path, dtype)
+    model, tokenizer = load(path, dtype, without_mtp)
     stream = options.stream(model, tokenizer, prompt)
     if as_json:
         text = "".join(stream)
@@ -93,9 +93,9 @@ def show(stream: "TextStream", shown: list[str]) -> None:
         sys.stdout.flush()
 
 
-def chat(path: Path, system: str | None, options: Options, dtype: str, as_json: bool) -> None:
+def chat(path: Path, system: str | None, options: Options, dtype: str, without_mtp: bool, as_json: bool) -> None:
     """A conversation in the checkpoint's own format: a line in, an answer out. /new begins anew, /exit leaves."""
-    model, tokenizer = load(path, dtype)
+    model, tokenizer = load(path, dtype, without_mtp)
     opening: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
     messages = list(opening)
     tokenizer.chat_prompt(

@@ -22,6 +22,9 @@ Changes = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe: train.steps=2000.")
 ]
 Checkpoint = Annotated[Path, typer.Argument(metavar="DIR", help="A Hugging Face directory, such as an export of ours.")]
+WithoutMTP = Annotated[
+    bool, typer.Option("--without-mtp", help="Leave the prediction modules out, as for files without.")
+]
 Dtype = Annotated[str, typer.Option(help="Numbers to compute in: auto, float32 or bfloat16.")]
 
 MaxNewTokens = Annotated[int, typer.Option(metavar="N", help="Stop after so many new tokens.")]
@@ -96,6 +99,7 @@ def evaluate(
         ),
     ] = None,
     dtype: Dtype = "auto",
+    without_mtp: WithoutMTP = False,
     as_json: Json = False,
 ) -> None:
     """Bits per byte on held-out text."""
@@ -103,7 +107,7 @@ def evaluate(
     from cavelight.cli.screen import telling
 
     with telling(as_json):
-        command.evaluate(model, corpus, dtype, as_json)
+        command.evaluate(model, corpus, dtype, without_mtp, as_json)
 
 
 @app.command()
@@ -120,6 +124,7 @@ def generate(
     stop: Stop = None,
     drafts: DraftCount = "auto",
     dtype: Dtype = "auto",
+    without_mtp: WithoutMTP = False,
     as_json: Json = False,
 ) -> None:
     """Go on from a prompt, drafting with the model's MTP modules; says what the drafts gained."""
@@ -129,7 +134,7 @@ def generate(
     with telling(as_json):
         chance = (temperature, top_k, top_p, min_p, repetition_penalty, seed)
         options = command.Options(max_new_tokens, *chance, stop or [], command.drafts_of(drafts))
-        command.generate(model, prompt, options, dtype, as_json)
+        command.generate(model, prompt, options, dtype, without_mtp, as_json)
 
 
 @app.command()
@@ -146,6 +151,7 @@ def chat(
     stop: Stop = None,
     drafts: DraftCount = "auto",
     dtype: Dtype = "auto",
+    without_mtp: WithoutMTP = False,
     as_json: Json = False,
 ) -> None:
     """Talk with a model that has a chat template."""
@@ -155,7 +161,7 @@ def chat(
     with telling(as_json):
         chance = (temperature, top_k, top_p, min_p, repetition_penalty, seed)
         options = command.Options(max_new_tokens, *chance, stop or [], command.drafts_of(drafts))
-        command.chat(model, system, options, dtype, as_json)
+        command.chat(model, system, options, dtype, without_mtp, as_json)
 
 
 @app.command()

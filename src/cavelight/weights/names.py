@@ -93,7 +93,7 @@ class HFTensor:
                 f"{self.name} is not a copy of {self.parts[0].name}",
                 got=f"{different:,} of {original.numel():,} elements differ",
                 why="prediction modules share embedding and head with the trunk, here as in the V3 report",
-                do="read the checkpoint without its MTP modules (without_mtp=True)",
+                do="read the checkpoint without its MTP modules (without_mtp=True, or --without-mtp)",
             )
 
 
@@ -179,11 +179,11 @@ def _advice(missing: Sequence[str], left_over: Sequence[str], misshapen: Sequenc
         return (
             f"config.json announces MTP modules (num_nextn_predict_layers is {modules}) that are not in the "
             "checkpoint, or not whole; transformers for one drops them when it saves: read it without them "
-            "(without_mtp=True)"
+            "(without_mtp=True, or --without-mtp)"
         )
     if not misshapen and not missing and all(is_mtp(name, config) for name in left_over):
         return (
             "the checkpoint holds more MTP modules than config.json announces (num_nextn_predict_layers is "
-            f"{modules}): correct that number, or read the checkpoint without them (without_mtp=True)"
+            f"{modules}): correct that number, or read the checkpoint without them (without_mtp=True, or --without-mtp)"
         )
     return "check that config.json and weights belong together and that the download is complete"
