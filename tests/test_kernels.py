@@ -83,6 +83,13 @@ def test_grouped_experts_equal_the_plain_ones_forward_and_backward(T: int, K: in
         torch.testing.assert_close(got, expected, atol=2e-5, rtol=0)
 
 
+@pytest.mark.parametrize("T", [1, 3, 40])
+def test_without_gradients_few_tokens_take_another_way_to_the_same(T: int) -> None:
+    inputs = expert_inputs(T=T, K=3, E=6, D=8, F=5, dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(experts.grouped(*inputs), experts.plain(*inputs), atol=1e-5, rtol=0)
+
+
 def test_rows_padded_for_bfloat16_change_nothing_but_rounding() -> None:
     """bfloat16 on a CPU takes the path with padded rows; float32 of the same numbers does not."""
     inputs = expert_inputs(T=96, K=3, E=8, D=8, F=6, dtype=torch.bfloat16)
