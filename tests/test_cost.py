@@ -133,7 +133,7 @@ def test_table_of_v3() -> None:
 def test_table_of_a_small_model_leaves_out_what_it_has_not() -> None:
     labels = [label for label, _ in rows(facts(preset("demo").replace(num_nextn_predict_layers=0), 4096))]
     assert not [label for label in labels if "MTP" in label or "GQA" in label]
-    assert "cache per token, and for 4,096 tokens, beyond the model's 1,024" in labels
+    assert "cache per token, and for 4,096 tokens, beyond the model's 256" in labels
 
 
 @pytest.mark.parametrize("text, tokens", [("4096", 4096), ("128k", 131_072), (" 1M ", 1_048_576)])

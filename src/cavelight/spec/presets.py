@@ -138,18 +138,19 @@ _NANO: dict[str, Any] = {
 _DEMO: dict[str, Any] = {
     **_NANO,
     "vocab_size": 4096,
-    "hidden_size": 256,
-    "intermediate_size": 768,
-    "num_hidden_layers": 6,
-    "max_position_embeddings": 1024,
-    "q_lora_rank": 128,
-    "kv_lora_rank": 64,
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_hidden_layers": 4,
+    "max_position_embeddings": 256,
+    "num_attention_heads": 2,
+    "q_lora_rank": 64,
+    "kv_lora_rank": 32,
     "qk_nope_head_dim": 48,
     "qk_rope_head_dim": 16,
     "v_head_dim": 64,
-    "n_routed_experts": 16,
-    "num_experts_per_tok": 4,
-    "moe_intermediate_size": 128,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
 }
 
 _SMALL: dict[str, Any] = {
@@ -166,6 +167,7 @@ _SMALL: dict[str, Any] = {
     "qk_rope_head_dim": 32,
     "v_head_dim": 64,
     "n_routed_experts": 16,
+    "num_experts_per_tok": 4,
     "moe_intermediate_size": 192,
 }
 

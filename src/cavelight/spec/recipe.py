@@ -49,6 +49,7 @@ class TrainSection(_Section):
     learning_rate: PositiveFloat = 2.2e-4
     embedding_rate: PositiveFloat = 1.0  # the embedding learns at so many times the learning rate
     final_learning_rate: NonNegativeFloat = 2.2e-5
+    decay: Literal["cosine", "linear"] = "cosine"  # how the rate falls from the peak to its end
     warmup_steps: int = Field(default=2000, ge=0)
     beta1: float = Field(default=0.9, ge=0, lt=1)
     beta2: float = Field(default=0.95, ge=0, lt=1)

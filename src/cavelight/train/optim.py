@@ -89,11 +89,12 @@ class Optimizer:
 
 
 def learning_rate(recipe: TrainSection, step: int, progress: float) -> float:
-    """Linear warm-up by steps, then a cosine from the peak to the final rate as `progress` goes from 0 to 1."""
+    """Linear warm-up by steps, then a fall from the peak to the final rate as `progress` goes from 0 to 1."""
     if step < recipe.warmup_steps:
         return recipe.learning_rate * (step + 1) / recipe.warmup_steps
-    fall = (1 + math.cos(math.pi * min(progress, 1.0))) / 2
-    return recipe.final_learning_rate + (recipe.learning_rate - recipe.final_learning_rate) * fall
+    left = 1 - min(progress, 1.0)
+    height = left if recipe.decay == "linear" else (1 - math.cos(math.pi * left)) / 2
+    return recipe.final_learning_rate + (recipe.learning_rate - recipe.final_learning_rate) * height
 
 
 def pick_dtype(wanted: str) -> torch.dtype:
