@@ -62,7 +62,7 @@ def test_cache_of_other_widths_and_with_prediction_modules() -> None:
     assert cost.cache_bytes_per_token(v3, bytes_per_element=4).mla == 2 * 70_272
     assert cost.cache_bytes_per_token(v3, mtp=True).mla == 62 * 576 * 2
     demo = cost.cache_bytes_per_token(preset("demo"))
-    assert demo.gqa8 == demo.mha  # four heads make no eight groups
+    assert demo.gqa8 == demo.mha  # two heads make no eight groups
 
 
 def test_weight_bytes() -> None:

@@ -47,7 +47,8 @@ class TrainSection(_Section):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of weights and activations; masters are always float32
     init_std: PositiveFloat = 0.006
     learning_rate: PositiveFloat = 2.2e-4
-    embedding_rate: PositiveFloat = 1.0  # the embedding learns at so many times the learning rate
+    embedding_rate: PositiveFloat = 1.0  # the embedding learns at so many times the learning rate,
+    head_rate: PositiveFloat = 1.0  # and the head at so many: in a short run most of their rows are met rarely
     final_learning_rate: NonNegativeFloat = 2.2e-5
     decay: Literal["cosine", "linear"] = "cosine"  # how the rate falls from the peak to its end
     warmup_steps: int = Field(default=2000, ge=0)

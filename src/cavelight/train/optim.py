@@ -32,8 +32,8 @@ def initialise(model: Transformer, std: float, seed: int) -> None:
 class Optimizer:
     """AdamW that keeps float32 masters where the model's weights are narrower, and sums gradients in float32.
 
-    Norms are exempt from weight decay: pulling a gain towards zero is no regularisation. The embedding has a rate
-    of its own, `embedding_rate` times the others': most of its rows are met rarely.
+    Norms are exempt from weight decay: pulling a gain towards zero is no regularisation. Embedding and head may have
+    rates of their own; they decay as the others do.
     """
 
     def __init__(self, model: Transformer, recipe: TrainSection) -> None:
@@ -43,10 +43,11 @@ class Optimizer:
             name: weight if weight.dtype == torch.float32 else nn.Parameter(weight.detach().float())
             for name, weight in self.weights.items()
         }
+        factors = {"embedding": recipe.embedding_rate, "head": recipe.head_rate}
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
         for name, master in self.masters.items():
             decay = 0.0 if roles[name] == "norm" else recipe.weight_decay
-            factor = recipe.embedding_rate if roles[name] == "embedding" else 1.0
+            factor = factors.get(roles[name], 1.0)
             groups.setdefault((decay, factor), []).append(master)
         self.factors = [factor for _, factor in groups]
         self.adamw = torch.optim.AdamW(
