@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cavelight.kernels import attend, experts
+from cavelight.kernels import attend, cross_entropy, experts
 from cavelight.model.ports import PackedAttend
 
 
@@ -103,6 +103,21 @@ def test_rows_padded_for_bfloat16_change_nothing_but_rounding() -> None:
     for got, expected in zip(*gradients, strict=True):
         spread = expected.float().abs().max()
         assert (got.float() - expected.float()).abs().max() < 0.03 * spread
+
+
+def test_cross_entropy_and_its_gradient_equal_the_plain_one() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(9, 31, generator=generator) * 8
+    logits[3] *= 20  # a certain one: most probabilities are zero
+    labels = torch.randint(31, (9,), generator=generator)
+    labels[[1, 7]] = -100
+    results = []
+    for form in (cross_entropy.fused, cross_entropy.plain):
+        leaf = logits.clone().requires_grad_()
+        loss = form(leaf, labels, -100)
+        results.append((loss.detach(), *torch.autograd.grad(0.3 * loss, leaf)))
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-6, atol=0)
+    torch.testing.assert_close(results[0][1], results[1][1], atol=1e-6, rtol=0)
 
 
 def test_an_expert_that_nobody_chose_gets_no_gradient() -> None:

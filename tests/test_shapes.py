@@ -1,7 +1,9 @@
 """The table of parameters: names, axes and shapes, and the sizes of the released checkpoints."""
 
 import pytest
+import torch
 
+from cavelight.model.transformer import Transformer
 from cavelight.spec.config import ModelConfig
 from cavelight.spec.cost import FP8_ROLES, scale_count
 from cavelight.spec.presets import preset, preset_names
@@ -114,3 +116,13 @@ def test_released_fp8_checkpoint_has_as_many_scales() -> None:
     assert sum(scale_count(p) for p in table) == 41_540_496
     ragged = next(p for p in table if p.name.endswith("kv_a_proj_with_mqa.weight"))
     assert (ragged.shape[0], scale_count(ragged)) == (576, 5 * 56)
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_the_model_holds_just_what_the_table_lists(name: str) -> None:
+    """On the meta device, so that the 671B one costs no memory."""
+    config = preset(name)
+    model = Transformer(config, torch.bfloat16, torch.device("meta"))
+    held = {key: (tuple(t.shape), t.dtype) for key, t in model.state_dict().items()}
+    dtypes = {"model": torch.bfloat16, "float32": torch.float32}
+    assert held == {p.name: (p.shape, dtypes[p.dtype]) for p in parameters(config)}

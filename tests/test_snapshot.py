@@ -99,7 +99,9 @@ def test_the_routing_bias_is_float32_whatever_the_weights_are(tmp_path: Path) ->
     read = read_checkpoint(tmp_path / "wide", torch.bfloat16)
     assert read.lm_head.weight.dtype == torch.bfloat16
     assert read.state_dict()[BIAS].dtype == torch.float32 and torch.equal(read.state_dict()[BIAS], bias)
-    write_checkpoint(model.bfloat16(), tmp_path / "narrow")  # torch casts buffers along
+    biases = {name: b.clone() for name, b in model.named_buffers()}
+    write_checkpoint(model.bfloat16(), tmp_path / "narrow")
+    assert all(torch.equal(b, biases[name]) for name, b in model.named_buffers())  # the cast left them alone
     stored = weights_of(tmp_path / "narrow")
     assert {name for name, tensor in stored.items() if tensor.dtype == torch.float32} == {
         name for name in stored if name.endswith("e_score_correction_bias")

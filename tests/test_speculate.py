@@ -52,6 +52,20 @@ def test_greedy_output_is_the_same_with_drafts(modules: int, monkeypatch: pytest
         assert 1 in tokens and max(tokens) > 1, "drafts were rejected and accepted, or this shows little"
 
 
+def test_greedy_output_is_the_same_over_two_hundred_prompts() -> None:
+    """One module, applied up to three times; some drafts are right and some are wrong."""
+    config = small_config()
+    model = drafting_model(config)
+    proposed = accepted = 0
+    for number, prompt in enumerate(some_prompts(config, 200)):
+        plain = TokenStream(model, prompt, max_new_tokens=16, drafts=0)
+        drafted = TokenStream(model, prompt, max_new_tokens=16, drafts=1 + number % 3)
+        assert list(plain) == list(drafted), f"prompt {number}"
+        proposed += sum(drafted.stats.proposed)
+        accepted += sum(drafted.stats.accepted)
+    assert 0.1 < accepted / proposed < 0.95
+
+
 def test_greedy_output_is_the_same_with_drafts_that_are_right_by_chance_alone() -> None:
     model = random_model(small_config(num_nextn_predict_layers=2))
     for prompt in some_prompts(model.config, 3):

@@ -69,8 +69,8 @@ def generate(
 ) -> TextStream:
     """The text that follows `prompt`, piece by piece while it is made; `.stats` of what it returns tells how it went.
 
-    mtp: let the model's prediction modules draft; the text is the same without, only slower. For the rest see
-    run.sample.Sampling and run.generate.TokenStream.
+    mtp: let the model's prediction modules draft. Greedy text is the same without, in float32; sampled text has the
+    same distribution. For the rest see run.sample.Sampling and run.generate.TokenStream.
     """
     return generate_text(
         model,
@@ -99,8 +99,9 @@ def train(
 ) -> Result:
     """Train what a recipe describes (a file, the name of one that comes along, or a Recipe) into the folder `out`.
 
-    overrides: `section.key=value`, for a recipe that is read here. resume: go on from what `out` holds.
+    overrides: `section.key=value`. resume: go on from what `out` holds.
     """
-    if not isinstance(recipe, Recipe):
-        recipe = Recipe.read(recipe, overrides)
+    recipe = (
+        Recipe.build(recipe.model_dump(), overrides) if isinstance(recipe, Recipe) else Recipe.read(recipe, overrides)
+    )
     return _train(recipe, Path(out), on_event, resume)

@@ -18,7 +18,7 @@ def file_beside(path: Path) -> Iterator[Path]:
     """Yield a scratch path next to `path`; on success it is flushed and becomes `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with _clear_disk_errors(path):
+    with clear_disk_errors(path):
         try:
             yield scratch
             _flush(scratch)
@@ -33,7 +33,7 @@ def folder_beside(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}.part")
     old = path.with_name(f".{path.name}.{os.getpid()}.old")
-    with _clear_disk_errors(path):
+    with clear_disk_errors(path):
         try:
             shutil.rmtree(scratch, ignore_errors=True)
             scratch.mkdir()
@@ -43,20 +43,25 @@ def folder_beside(path: Path) -> Iterator[Path]:
                     _flush(file)
             if path.exists():
                 os.replace(path, old)
-            os.replace(scratch, path)
+            os.replace(scratch, path)  # between these two lines, and nowhere else, a SIGKILL leaves only `old`
             shutil.rmtree(old, ignore_errors=True)
         finally:
+            if old.exists() and not path.exists():
+                os.replace(old, path)
             shutil.rmtree(scratch, ignore_errors=True)
 
 
 @contextmanager
-def _clear_disk_errors(path: Path) -> Iterator[None]:
+def clear_disk_errors(path: Path) -> Iterator[None]:
+    """A full disk or a folder that may not be written, while writing `path`, as a UserError."""
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise UserError(
-                f"The disk is full while writing {path}",
+                f"The disk is full while writing {path}"
+                if error.errno != errno.EFBIG
+                else f"{path} is too large for this disk",
                 why="nothing was overwritten; what stood there before is unchanged",
                 do="free some space or choose another folder, then run the same command again",
             ) from error

@@ -6,6 +6,7 @@ comparison are the tour's own.
 
 import json
 import re
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -18,7 +19,7 @@ from rich.text import Text
 
 from cavelight.cli.generation import load, show
 from cavelight.cli.progress import screen
-from cavelight.cli.screen import ERR, INTERRUPTED, OUT, say_json
+from cavelight.cli.screen import ERR, INTERRUPTED, OUT, duration, say_json
 from cavelight.disk import file_beside
 from cavelight.spec.events import Note, Phase
 from cavelight.spec.recipe import Recipe
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from cavelight.data.tokenizer import Tokenizer
     from cavelight.model.transformer import Transformer
     from cavelight.run.stats import Stats
+    from cavelight.train.loop import Result
 
 PROMPTS = 8
 PROMPT_CHARACTERS = 1200
@@ -37,7 +39,9 @@ FUNCTION = re.compile(r"^ *def \w+\(", re.MULTILINE)
 
 def demo(out: Path, changes: Sequence[str], as_json: bool) -> None:
     """Leaves a run's folder at `out`, with figures and demo.json. A run that is there already is gone on with."""
-    recipe, bits = train(out, changes, as_json)
+    began = time.monotonic()
+    recipe, result = train(out, changes, as_json)
+    bits = result.bits_per_byte
 
     from cavelight.data.corpus import read_corpus
 
@@ -49,19 +53,21 @@ def demo(out: Path, changes: Sequence[str], as_json: bool) -> None:
         sample(model, tokenizer, prompts[0])
     speed = compare(model, prompts, as_json)
     files = draw(out, model, compressed, speed)
-    found = {"bits_per_byte": bits, "xz": compressed, "speed": speed.as_dict(), "files": files}
+    seconds = {"training": result.seconds, "whole": time.monotonic() - began}
+    found = {"bits_per_byte": bits, "xz": compressed, "speed": speed.as_dict(), "seconds": seconds, "files": files}
     with file_beside(out / "demo.json") as scratch:
         scratch.write_text(json.dumps(found, indent=2, default=str) + "\n", encoding="utf-8")
     if as_json:
         say_json({"kind": "result", **found})
     else:
         conclude(out, bits, compressed, speed, files)
+        OUT.print(f"Training took {duration(seconds['training'])}, the whole tour {duration(seconds['whole'])}.")
     if not speed.identical:
         raise typer.Exit(1)
 
 
-def train(out: Path, changes: Sequence[str], as_json: bool) -> tuple[Recipe, float]:
-    """What was trained, and its bits per byte on all held-out text."""
+def train(out: Path, changes: Sequence[str], as_json: bool) -> "tuple[Recipe, Result]":
+    """What was trained, and how it ended; leaves if Ctrl-C ended it."""
     from cavelight.train.loop import train as run
     from cavelight.train.state import RunFolder
 
@@ -72,9 +78,9 @@ def train(out: Path, changes: Sequence[str], as_json: bool) -> tuple[Recipe, flo
         if resume:
             listen(Note(f"{out} holds a run already: going on with it. Delete the folder to start anew."))
         result = run(recipe, out, listen, resume)
-    if result.bits_per_byte is None:
+    if result.interrupted:
         raise typer.Exit(INTERRUPTED)
-    return recipe, result.bits_per_byte
+    return recipe, result
 
 
 def compress(corpus: "Corpus") -> dict[str, float]:
@@ -122,7 +128,9 @@ class Speed:
 
     @property
     def ratio(self) -> float:
-        return float(self.with_drafts["tokens_per_second"] / self.without["tokens_per_second"])
+        """How many times as fast it is with drafts; 1 where there was nothing to decode."""
+        with_drafts, without = self.with_drafts["tokens_per_second"], self.without["tokens_per_second"]
+        return float(with_drafts / without) if without else 1.0
 
     @property
     def acceptance(self) -> list[float]:
@@ -168,7 +176,8 @@ def together(runs: "Sequence[Stats]") -> dict[str, Any]:
     whole.proposed = [sum(place) for place in zip_longest(*(run.proposed for run in runs), fillvalue=0)]
     whole.accepted = [sum(place) for place in zip_longest(*(run.accepted for run in runs), fillvalue=0)]
     decoded = sum(run.new_tokens - 1 for run in runs)  # the first token of each came with its prompt
-    return whole.as_dict() | {"tokens_per_second": decoded / whole.decode_seconds}
+    rate = decoded / whole.decode_seconds if whole.decode_seconds else 0.0
+    return whole.as_dict() | {"tokens_per_second": rate}
 
 
 def draw(out: Path, model: "Transformer", compressed: dict[str, float], speed: Speed) -> dict[str, Path]:
@@ -185,7 +194,7 @@ def draw(out: Path, model: "Transformer", compressed: dict[str, float], speed: S
     return {"checkpoint": folder.model, "metrics": folder.metrics, **files}
 
 
-def conclude(out: Path, bits: float, compressed: dict[str, float], speed: Speed, files: dict[str, Path]) -> None:
+def conclude(out: Path, bits: float | None, compressed: dict[str, float], speed: Speed, files: dict[str, Path]) -> None:
     """What was found, and where everything lies."""
     table = Table(show_header=False, title="What the tour found", title_justify="left")
     table.add_column(style="cyan")

@@ -41,6 +41,9 @@ _PIECES = "|".join(
 )
 
 # DeepSeek-V3's format: no mark for the system prompt, no newlines, the end token after each answer.
+# What, besides the corpus and the size, a trained tokenizer depends on: kept ones are made anew when it changes.
+RECIPE = (SPECIAL_TOKENS, _PIECES, tokenizers.__version__)
+
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
     "{{ messages | selectattr('role', 'equalto', 'system') | map(attribute='content') | join('\\n\\n') }}"

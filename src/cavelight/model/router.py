@@ -3,7 +3,9 @@
 Letters: T tokens, D hidden size, E experts, G groups of E/G experts, K experts a token.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +42,15 @@ class Router(nn.Module):
         bias_E = torch.zeros(E, dtype=torch.float32, device=device) if biased else None
         self.register_buffer("e_score_correction_bias", bias_E)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """`model.to(bfloat16)` and the like leave the bias in float32: updates are smaller than bfloat16 can tell."""
+        before = self.e_score_correction_bias
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        after = self.e_score_correction_bias
+        if before is not None and after is not None and after.dtype != before.dtype:
+            self.e_score_correction_bias = before.to(after.device)
+        return self
+
     def forward(self, x_TD: Tensor) -> Routing:
         logits_TE = F.linear(x_TD.float(), self.weight.float())
         sigmoid = self.config.scoring_func == "sigmoid"
@@ -56,13 +67,22 @@ def choose(scores_TE: Tensor, bias_E: Tensor | None, config: ModelConfig) -> Ten
     Experts of other groups are out by -inf: a kept expert may well have a negative biased score.
     """
     choice_TE = scores_TE if bias_E is None else scores_TE + bias_E
-    if config.topk_method != "greedy" and config.n_group > 1:
+    if is_group_limited(config):
         choice_TGX = choice_TE.unflatten(1, (config.n_group, -1))
-        best = 2 if config.topk_method == "noaux_tc" else 1
-        groups_TM = choice_TGX.topk(best, dim=-1).values.sum(-1).topk(config.topk_group, dim=-1).indices
+        groups_TM = group_scores(choice_TGX, config).topk(config.topk_group, dim=-1).indices
         kept_TG = torch.zeros_like(choice_TGX[..., 0], dtype=torch.bool).scatter_(1, groups_TM, True)
         choice_TE = choice_TGX.masked_fill(~kept_TG[..., None], float("-inf")).flatten(1)
     return choice_TE.topk(config.num_experts_per_tok, dim=-1).indices
+
+
+def is_group_limited(config: ModelConfig) -> bool:
+    return config.topk_method != "greedy" and config.n_group > 1
+
+
+def group_scores(choice_TGX: Tensor, config: ModelConfig) -> Tensor:
+    """What each group of X experts counts, [T, G] (or with more axes before)."""
+    best = 2 if config.topk_method == "noaux_tc" else 1
+    return choice_TGX.topk(best, dim=-1).values.sum(dim=-1)
 
 
 def gate_weights(scores_TK: Tensor, config: ModelConfig) -> Tensor:

@@ -112,7 +112,7 @@ class TokenStream(Iterator[int]):
                 if start + CHUNK < prompt:  # the modules take the prompt in chunks too
                     self.drafter.propose(self.tokens, 0, self._pick)
         self._decide(self.model.head(hidden_TD[-1:]), hidden_TD[-1:], routings)
-        if self.exact:
+        if self.exact and self.model.config.num_nextn_predict_layers:  # else there is nothing to agree with
             self.settler = Settler(self.model, self.cache, self.dispatch, prompt)
         ready = self._finish(prompt)
         self._draft()

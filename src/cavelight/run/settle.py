@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cavelight.model.moe import MoE
 from cavelight.model.ports import Dispatch
-from cavelight.model.router import Routing
+from cavelight.model.router import Routing, group_scores, is_group_limited
 from cavelight.model.transformer import Transformer
 from cavelight.run.cache import LatentCache
 from cavelight.spec.config import ModelConfig
@@ -88,10 +88,9 @@ class Settler:
 def route_margin(choice_TE: Tensor, config: ModelConfig) -> Tensor:
     """By how much the chosen experts lead, [T] (or more axes): the least of the leads of groups and of experts."""
     margin_T = torch.full_like(choice_TE[..., 0], torch.inf)
-    if config.topk_method != "greedy" and config.n_group > 1:
+    if is_group_limited(config):
         choice_TGX = choice_TE.reshape(*choice_TE.shape[:-1], config.n_group, -1)
-        best = 2 if config.topk_method == "noaux_tc" else 1
-        groups_TG = choice_TGX.topk(best, dim=-1).values.sum(dim=-1)
+        groups_TG = group_scores(choice_TGX, config)
         margin_T = _lead(groups_TG, config.topk_group)
         worst_T1 = groups_TG.topk(config.topk_group, dim=-1).values[..., -1:]
         choice_TE = choice_TGX.masked_fill((groups_TG < worst_T1)[..., None], -torch.inf).flatten(-2)

@@ -8,8 +8,9 @@ from pathlib import Path
 class Step:
     """One optimizer step.
 
-    Losses are nats per token; `mtp_loss` and `balance_loss` are before their weights, and 0 where the model has no
-    such part. `max_vio` is max(load) / mean(load) - 1 of each MoE layer, in layer order, MTP modules last.
+    Losses are nats per next-token label (`mtp_loss` too, as the report divides it); `mtp_loss` and `balance_loss` are
+    before their weights, and 0 where the model has no such part. `max_vio` is max(load) / mean(load) - 1 of each MoE
+    layer, in layer order, MTP modules last.
     """
 
     step: int

@@ -3,6 +3,7 @@
 import difflib
 import tomllib
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +29,8 @@ class ModelSection(_Section):
 
 class DataSection(_Section):
     corpus: str = "stdlib"  # or any file, folder or glob of text or JSONL
+    text_key: str = "text"  # of a JSONL line
+    held_out_every: int = Field(default=20, ge=2)  # one document in so many is never trained on
     tokenizer: str | None = None  # a tokenizer.json or a folder with one; otherwise trained on the corpus
     row_length: PositiveInt = 512  # tokens that see one another at most
     mask_documents: bool = False  # whether attention stops at a document's end; V3's pre-training did not
@@ -76,8 +79,7 @@ class Recipe(_Section):
 
     @classmethod
     def build(cls, values: Mapping[str, Any], overrides: Sequence[str] = ()) -> "Recipe":
-        merged: dict[str, Any] = {section: dict(keys) for section, keys in values.items() if isinstance(keys, Mapping)}
-        merged |= {key: value for key, value in values.items() if not isinstance(value, Mapping)}
+        merged: dict[str, Any] = deepcopy(dict(values))
         for override in overrides:
             _apply(merged, override)
         try:
@@ -137,6 +139,8 @@ def _apply(values: dict[str, Any], override: str) -> None:
     except tomllib.TOMLDecodeError:
         value = text.strip()
     target = values.setdefault(section, {})
+    if not isinstance(target, dict):
+        raise UserError(f"{section} is a section of the recipe, not a value", got=str(target), do=f"write [{section}]")
     if section == "model" and name != "preset":
         target = target.setdefault("overrides", {})
         name = name.removeprefix("overrides.")
@@ -145,7 +149,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
 
 def _sentences(error: ValidationError) -> str:
     """All of pydantic's findings in one line, with the nearest known key for an unknown one."""
-    known = {f"{s}.{k}" for s, f in Recipe.model_fields.items() for k in f.annotation.model_fields}  # type: ignore[union-attr]
+    known = {f"{s}.{k}" for s, f in Recipe.model_fields.items() for k in f.annotation.model_fields}  # type: ignore[union-attr]  # every annotation here is a section
     parts = []
     for detail in error.errors():
         place = ".".join(str(step) for step in detail["loc"])

@@ -16,6 +16,7 @@ from cavelight.spec.events import Event, Phase
 from cavelight.train.workers import ALONE, Workers
 
 TOKENS_AT_ONCE = 4096
+LOGITS_AT_ONCE = 512  # tokens, since each has a whole vocabulary of them
 
 
 def held_out_bits_per_byte(
@@ -37,8 +38,9 @@ def held_out_bits_per_byte(
         hidden_TD, _ = model(batch.tokens_T, batch.positions_T, PackedAttend(batch.segments), GroupedDispatch())
         labels_T = batch.targets_TJ[:, 0]
         labelled_T = labels_T != IGNORE
-        logits_TV = model.head(hidden_TD[labelled_T])
-        return float(F.cross_entropy(logits_TV, labels_T[labelled_T], reduction="sum")), int(labelled_T.sum())
+        told = zip(hidden_TD[labelled_T].split(LOGITS_AT_ONCE), labels_T[labelled_T].split(LOGITS_AT_ONCE), strict=True)
+        nats = sum(float(F.cross_entropy(model.head(hidden), labels, reduction="sum")) for hidden, labels in told)
+        return nats, int(labelled_T.sum())
 
     batches, text_bytes = evaluation_windows(
         store, context, max(context // 2, 1), tokens_per_batch=TOKENS_AT_ONCE, limit_bytes=limit_bytes

@@ -1,5 +1,6 @@
 """The training loop: data, model, steps, looks at held-out text, saves; and a clean stop on Ctrl-C."""
 
+import math
 import signal
 import threading
 import time
@@ -20,11 +21,12 @@ from cavelight.train.balance import max_violation
 from cavelight.train.evaluate import held_out_bits_per_byte
 from cavelight.train.optim import Optimizer, initialise, learning_rate, pick_dtype
 from cavelight.train.prepare import Prepared, prepare
-from cavelight.train.state import MetricsLog, Progress, RunFolder, load_state, save_state
+from cavelight.train.state import MetricsLog, Progress, RunFolder, check_resumable, load_state, save_state
 from cavelight.train.step import StepResult, train_step
 from cavelight.train.workers import Workers
 from cavelight.weights.snapshot import write_checkpoint
 
+MOST_LEFT_OUT = 20  # steps without a finite gradient, one after another
 SPEED_WINDOW = 20  # steps over which speed is averaged
 
 
@@ -52,6 +54,8 @@ def train(
             why="training anew would overwrite it",
             do=f"go on with it (cavelight train --resume {out}), or choose another folder",
         )
+    if resume:
+        check_resumable(folder.read_recipe(), recipe)
     return _Run(recipe, folder, on_event, resume).run()
 
 
@@ -75,7 +79,9 @@ class _Run:
         )
         micro_batches = recipe.train.rows_per_step // self.micro_rows
         self.workers = Workers(min(torch.get_num_threads(), micro_batches))
+        self.evaluators = Workers(torch.get_num_threads())
         self.durations: deque[float] = deque(maxlen=SPEED_WINDOW)
+        self.left_out = 0
         folder.write_recipe(recipe)
         kind = str(dtype).removeprefix("torch.")
         total = sum(parameter.numel() for parameter in self.model.parameters())
@@ -131,8 +137,15 @@ class _Run:
         )
         log.write(event, counts=[counts_E.tolist() for counts_E in result.counts], seconds=progress.seconds)
         self.on_event(event)
-        if result.grad_norm != result.grad_norm or result.grad_norm == float("inf"):
+        self.left_out = 0 if math.isfinite(result.grad_norm) else self.left_out + 1
+        if self.left_out:
             self.on_event(Note(f"step {progress.step}: the gradient is not finite; its update was left out"))
+        if self.left_out == MOST_LEFT_OUT:
+            raise UserError(
+                f"The gradient has not been finite for {MOST_LEFT_OUT} steps",
+                why="the run has diverged, and more steps will not mend it",
+                do=f"lower train.learning_rate; {self.folder.path} holds what was saved before",
+            )
 
     def _share(self) -> float:
         """How much of the run is done, by steps or by time, whichever is further."""
@@ -152,7 +165,7 @@ class _Run:
     def _evaluate(self, log: MetricsLog, whole: bool) -> float:
         limit = None if whole else self.recipe.train.evaluate_bytes
         context = self.recipe.data.row_length
-        bits = held_out_bits_per_byte(self.model, self.data.held, context, limit, self.on_event, self.workers)
+        bits = held_out_bits_per_byte(self.model, self.data.held, context, limit, self.on_event, self.evaluators)
         event = Evaluated(self.progress.step, bits, whole)
         log.write(event)
         self.on_event(event)

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from cavelight.data.batches import IGNORE, Batch
+from cavelight.kernels import cross_entropy
 from cavelight.model.ports import Attend, Dispatch, GroupedDispatch, PackedAttend
 from cavelight.model.router import Routing
 from cavelight.model.transformer import Transformer
@@ -74,7 +74,7 @@ def count_labels(batch: Batch) -> int:
 
 
 def _nll(logits_TV: Tensor, labels_T: Tensor) -> Tensor:
-    return F.cross_entropy(logits_TV, labels_T, ignore_index=IGNORE, reduction="sum")
+    return cross_entropy.fused(logits_TV, labels_T, IGNORE)
 
 
 def _balance(

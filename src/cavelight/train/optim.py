@@ -43,15 +43,13 @@ class Optimizer:
             name: weight if weight.dtype == torch.float32 else nn.Parameter(weight.detach().float())
             for name, weight in self.weights.items()
         }
-        factors = {"embedding": recipe.embedding_rate, "head": recipe.head_rate}
-        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+        groups: dict[str, list[nn.Parameter]] = {"norm": [], "embedding": [], "head": [], "others": []}
         for name, master in self.masters.items():
-            decay = 0.0 if roles[name] == "norm" else recipe.weight_decay
-            factor = factors.get(roles[name], 1.0)
-            groups.setdefault((decay, factor), []).append(master)
-        self.factors = [factor for _, factor in groups]
+            groups[roles[name] if roles[name] in groups else "others"].append(master)
+        self.factors = [1.0, recipe.embedding_rate, recipe.head_rate, 1.0]
+        decays = [0.0, *(recipe.weight_decay / factor for factor in self.factors[1:])]
         self.adamw = torch.optim.AdamW(
-            [{"params": masters, "weight_decay": decay / factor} for (decay, factor), masters in groups.items()],
+            [{"params": m, "weight_decay": decay} for m, decay in zip(groups.values(), decays, strict=True)],
             betas=(recipe.beta1, recipe.beta2),
             fused=True,
         )
@@ -60,7 +58,8 @@ class Optimizer:
     def add(self, gradients: Sequence[Tensor]) -> None:
         """Add a micro-batch's gradients, in the order of the model's parameters."""
         for master, gradient in zip(self.masters.values(), gradients, strict=True):
-            master.grad = gradient.float() if master.grad is None else master.grad.add_(gradient)
+            # torch's fused AdamW reads memory in order, whatever the strides
+            master.grad = gradient.float().contiguous() if master.grad is None else master.grad.add_(gradient)
 
     @torch.no_grad()
     def step(self, learning_rate: float, clip_norm: float) -> float:
@@ -83,7 +82,10 @@ class Optimizer:
     def load_state(self, state: dict[str, object]) -> None:
         adamw, masters = state["adamw"], state["masters"]
         assert isinstance(adamw, dict) and isinstance(masters, dict)
+        settings = [{key: group[key] for key in group if key != "params"} for group in self.adamw.param_groups]
         self.adamw.load_state_dict(adamw)
+        for group, kept in zip(self.adamw.param_groups, settings, strict=True):
+            group.update(kept)  # the recipe's, which may have changed since
         for name, master in self.masters.items():
             master.copy_(masters[name])
             self.weights[name].copy_(master)

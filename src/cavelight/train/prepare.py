@@ -8,6 +8,7 @@ from pathlib import Path
 
 from cavelight.data.batches import TokenStore, tokenize
 from cavelight.data.corpus import Corpus, Documents, read_corpus
+from cavelight.data.tokenizer import RECIPE as RECIPE_OF_TOKENIZER
 from cavelight.data.tokenizer import Tokenizer, train_tokenizer
 from cavelight.disk import folder_beside
 from cavelight.errors import UserError
@@ -28,7 +29,7 @@ class Prepared:
 
 
 def prepare(recipe: Recipe, on_event: Callable[[Event], None]) -> Prepared:
-    corpus = read_corpus(recipe.data.corpus)
+    corpus = read_corpus(recipe.data.corpus, recipe.data.held_out_every, recipe.data.text_key)
     on_event(Note(f"Corpus {corpus.name}: {corpus.train.size / 1e6:.1f} MB to learn from"))
     tokenizer = _tokenizer(recipe, corpus, on_event)
     if tokenizer.vocab_size > recipe.config.vocab_size:
@@ -62,7 +63,8 @@ def _tokenizer(recipe: Recipe, corpus: Corpus, on_event: Callable[[Event], None]
     if recipe.data.tokenizer is not None:
         return Tokenizer.load(recipe.data.tokenizer)
     size = recipe.config.vocab_size
-    key = hashlib.sha256(f"{corpus.train.fingerprint} {size}".encode()).hexdigest()[:16]
+    made_of = (corpus.train.fingerprint, size, RECIPE_OF_TOKENIZER)
+    key = hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]
     folder = cache_folder() / f"tokenizer-{key}"
     if not folder.is_dir():
         on_event(Note(f"Training a tokenizer of {size} tokens"))

@@ -3,11 +3,12 @@
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 
-from cavelight.disk import file_beside
+from cavelight.disk import clear_disk_errors, file_beside
 from cavelight.errors import UserError
 from cavelight.model.transformer import Transformer
 from cavelight.spec.events import Evaluated, Step
@@ -63,43 +64,60 @@ class Progress:
 
 def save_state(folder: RunFolder, model: Transformer, optimizer: Optimizer, progress: Progress) -> None:
     biases = [router.e_score_correction_bias for router in routers(model)]
-    with file_beside(folder.state) as scratch:
-        try:
-            torch.save({"optimizer": optimizer.state(), "biases": biases, "progress": asdict(progress)}, scratch)
-        except RuntimeError as error:  # torch's writer turns a full disk into this
-            if "No space left" in str(error) or "file write failed" in str(error) or "unexpected pos" in str(error):
-                raise OSError(28, "No space left on device", str(folder.state)) from error
-            raise
+    # Given a path instead of a handle, torch would hide a full disk's error number.
+    with file_beside(folder.state) as scratch, open(scratch, "wb") as handle:
+        torch.save({"optimizer": optimizer.state(), "biases": biases, "progress": asdict(progress)}, handle)
 
 
 def load_state(folder: RunFolder, model: Transformer, optimizer: Optimizer) -> Progress:
     try:
         state = torch.load(folder.state, weights_only=True)
+        optimizer_state, biases, progress = state["optimizer"], state["biases"], Progress(**state["progress"])
     except FileNotFoundError as error:
         raise UserError(
             f"{folder.path} holds no saved state", why="the run ended before its first save", do="start it anew"
         ) from error
-    except (RuntimeError, EOFError, ValueError) as error:
-        raise UserError(f"{folder.state} is damaged", got=str(error), do="start the run anew") from error
-    optimizer.load_state(state["optimizer"])
-    for router, bias_E in zip(routers(model), state["biases"], strict=True):
+    except (RuntimeError, EOFError, ValueError, KeyError, TypeError, UnpicklingError) as error:
+        raise UserError(
+            f"{folder.state} is damaged",
+            got=str(error).partition("\n")[0],
+            do="delete the folder and start the run anew",
+        ) from error
+    optimizer.load_state(optimizer_state)
+    for router, bias_E in zip(routers(model), biases, strict=True):
         if router.e_score_correction_bias is not None:
             router.e_score_correction_bias.copy_(bias_E)
-    return Progress(**state["progress"])
+    return progress
+
+
+def check_resumable(before: Recipe, now: Recipe) -> None:
+    """Raise UserError if `now` differs from the recipe of the saved run in what cannot change while it is under way."""
+    fixed = {"seed", "init_std", "rows_per_step"}
+    changed = [section for section in ("model", "data") if getattr(before, section) != getattr(now, section)]
+    changed += [f"train.{key}" for key in sorted(fixed) if getattr(before.train, key) != getattr(now.train, key)]
+    if changed:
+        raise UserError(
+            "A run goes on with the model and the data that it began with",
+            got=f"another {', '.join(changed)}",
+            do="change only other keys of train, or start a new run",
+        )
 
 
 class MetricsLog:
-    """metrics.jsonl: one line a step or evaluation; going on from a step drops what was written after it."""
+    """metrics.jsonl: one line a step or evaluation.
+
+    Going on from a step drops what was written after it, and an evaluation that was the run's last.
+    """
 
     def __init__(self, path: Path, step: int) -> None:
-        kept = [line for line in _lines(path) if json.loads(line)["step"] <= step] if step else []
+        kept = [line for line in _lines(path) if (read := json.loads(line))["step"] <= step and not read.get("whole")]
         with file_beside(path) as scratch:
             scratch.write_text("".join(kept), encoding="utf-8")
         self.path = path
 
     def write(self, event: Step | Evaluated, **more: Any) -> None:
         values = {"kind": type(event).__name__.lower(), **asdict(event), **more}
-        with open(self.path, "a", encoding="utf-8") as handle:
+        with clear_disk_errors(self.path), open(self.path, "a", encoding="utf-8") as handle:
             handle.write(json.dumps(values) + "\n")
 
 

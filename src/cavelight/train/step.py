@@ -3,6 +3,7 @@
 Letters: E experts.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -53,7 +54,8 @@ def train_step(
         optimizer.add(gradients)
     counts = tuple(torch.stack(layer).sum(dim=0) for layer in zip(*(part.counts for part in parts), strict=True))
     grad_norm = optimizer.step(learning_rate, recipe.clip_norm)
-    update_biases(model, counts, recipe.bias_speed)
+    if math.isfinite(grad_norm):
+        update_biases(model, counts, recipe.bias_speed)
     depths = sum(float(depth) for part in parts for depth in part.mtp)
     return StepResult(
         loss=sum(float(part.main) for part in parts),
