@@ -112,7 +112,12 @@ def chat(path: Path, system: str | None, options: Options, dtype: str, without_m
         if not line:
             continue
         messages.append({"role": "user", "content": line})
-        stream = options.stream(model, tokenizer, tokenizer.chat_prompt(messages))
+        try:
+            stream = options.stream(model, tokenizer, tokenizer.chat_prompt(messages))
+        except UserError as error:  # above all a conversation longer than the context: it need not end all
+            messages.pop()
+            say_json({"error": str(error)}) if as_json else ERR.print(f"{error} Or begin anew with /new.", style="red")
+            continue
         if as_json:
             answer = "".join(stream)
             say_json({"answer": answer, "stats": stream.stats.as_dict()})

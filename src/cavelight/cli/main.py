@@ -36,7 +36,11 @@ Penalty = Annotated[float, typer.Option(help="Above 1, tokens that were there be
 Seed = Annotated[int | None, typer.Option(help="The same seed gives the same text.")]
 Stop = Annotated[list[str] | None, typer.Option(metavar="TEXT", help="Stop before this text; may be repeated.")]
 DraftCount = Annotated[
-    str, typer.Option(metavar="N", help="Tokens to draft ahead with MTP: a number, 0 for none, auto.")
+    str,
+    typer.Option(
+        metavar="N",
+        help="Tokens to draft ahead with MTP: a number, 0 for none, or auto, which stops when drafts do not pay.",
+    ),
 ]
 
 
