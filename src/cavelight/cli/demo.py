@@ -172,9 +172,9 @@ def together(runs: "Sequence[Stats]") -> dict[str, Any]:
         whole.round_seconds += run.round_seconds
         whole.round_tokens += run.round_tokens
         whole.settled += run.settled
-        whole.off = whole.off or run.off
     whole.proposed = [sum(place) for place in zip_longest(*(run.proposed for run in runs), fillvalue=0)]
     whole.accepted = [sum(place) for place in zip_longest(*(run.accepted for run in runs), fillvalue=0)]
+    whole.off = runs[-1].off if all(run.off for run in runs) else None
     decoded = sum(run.new_tokens - 1 for run in runs)  # the first token of each came with its prompt
     rate = decoded / whole.decode_seconds if whole.decode_seconds else 0.0
     return whole.as_dict() | {"tokens_per_second": rate}
