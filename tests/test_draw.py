@@ -24,6 +24,8 @@ from cavelight.see.series import Series, last_tenth, moe_layer_names, smooth
 from cavelight.spec.presets import preset, preset_names
 from cavelight.train.state import RunFolder, read_metrics
 
+SIX_LAYERS = preset("demo").replace(num_hidden_layers=6, n_routed_experts=16)
+
 REFERENCE = {"xz -9e": 1.79, "xz that has seen the training files": 1.29}
 SIGNATURE = {".png": b"\x89PNG", ".svg": b"<?xml", ".pdf": b"%PDF"}
 
@@ -108,13 +110,13 @@ def check_places(figure: Figure, texts: list[Text]) -> None:
 def test_a_run_is_drawn_in_every_format_and_twice_alike(tmp_path: Path, suffix: str) -> None:
     first, second = tmp_path / f"a{suffix}", tmp_path / f"b{suffix}"
     for path in (first, second):
-        draw_run(metrics(), path, "A run", REFERENCE, preset("demo"))
+        draw_run(metrics(), path, "A run", REFERENCE, SIX_LAYERS)
     assert first.read_bytes().startswith(SIGNATURE[suffix])
     assert first.read_bytes() == second.read_bytes()
 
 
 def test_a_run_says_what_was_logged(tmp_path: Path, words: list[str]) -> None:
-    draw_run(metrics(), tmp_path / "run.png", "A run", REFERENCE, preset("demo"))
+    draw_run(metrics(), tmp_path / "run.png", "A run", REFERENCE, SIX_LAYERS)
     together = "\n".join(words)
     for part in ("A run", "40 steps", "81.9k tokens", "1.500 bits per byte on all held-out text", "1.50  all text"):
         assert part in together
@@ -152,7 +154,7 @@ def test_what_is_missing_is_said(tmp_path: Path, words: list[str]) -> None:
 
 def test_runs_stand_side_by_side(tmp_path: Path, words: list[str]) -> None:
     runs = {balance.ON: metrics(), balance.OFF: metrics(skew=1.5)}
-    draw_comparison(runs, tmp_path / "two.png", config=preset("demo"))
+    draw_comparison(runs, tmp_path / "two.png", config=SIX_LAYERS)
     assert words.count(balance.ON) == words.count(balance.OFF) == 2  # at its curve, above its map
     assert {f"{balance.ON}  1.50", f"{balance.OFF}  1.50", "its worst layer"} <= set(words)
 
@@ -182,7 +184,7 @@ def test_every_preset_can_be_seen(tmp_path: Path, words: list[str], name: str) -
     ids=str,
 )
 def test_unusual_models_can_be_seen(tmp_path: Path, words: list[str], changes: dict[str, Any]) -> None:
-    config = preset("demo").replace(**changes)
+    config = SIX_LAYERS.replace(**changes)
     draw_architecture(config, tmp_path / "model.png")
     modules = config.num_nextn_predict_layers
     assert [f"t + {j}" in words for j in (1, modules + 1, modules + 2)] == [True, True, False]
@@ -230,7 +232,7 @@ def test_series_read_a_run() -> None:
 
 
 def test_layers_are_named_by_the_configuration() -> None:
-    config = preset("demo").replace(num_hidden_layers=4, moe_layer_freq=2, num_nextn_predict_layers=3)
+    config = SIX_LAYERS.replace(num_hidden_layers=4, moe_layer_freq=2, num_nextn_predict_layers=3)
     assert moe_layer_names(config) == ("layer 2", "MTP 1", "MTP 3")
     assert moe_layer_names(preset("nano")) == ("layer 1", "layer 2", "MTP")
 

@@ -77,7 +77,7 @@ def load_state(folder: RunFolder, model: Transformer, optimizer: Optimizer) -> P
         raise UserError(
             f"{folder.path} holds no saved state", why="the run ended before its first save", do="start it anew"
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, TypeError, UnpicklingError) as error:
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, TypeError, UnpicklingError) as error:
         raise UserError(
             f"{folder.state} is damaged",
             got=str(error).partition("\n")[0],
