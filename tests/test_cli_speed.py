@@ -3,11 +3,14 @@
 import resource
 import subprocess
 import sys
+import time
 
 import pytest
 
 LIMIT = 0.5  # seconds on the processor, which do not grow when the machine is busy with other things as well
-TRIES = 5  # the best of these counts
+LOOP = 0.085  # seconds of a loop on the 2.5 GHz processor that the limit is meant for, when nothing slows it down
+TRIES = 10  # the best of these counts
+
 QUICK = [["--help"], ["--version"], ["plan", "deepseek-v3"], ["plan", "deepseek-v3", "--json"]]
 
 
@@ -27,14 +30,22 @@ def test_imports_no_torch(arguments: list[str]) -> None:
 
 @pytest.mark.parametrize("arguments", QUICK, ids=" ".join)
 def test_answers_at_once(arguments: list[str]) -> None:
+    """Shared processors are slowed down for seconds at a time; a loop run just before tells by how much."""
     best = float("inf")
     for _ in range(TRIES):
+        slowness = max(1.0, loop_seconds() / LOOP)
         before = children_seconds()
         subprocess.run([sys.executable, "-m", "cavelight", *arguments], check=True, capture_output=True)
-        best = min(best, children_seconds() - before)
+        best = min(best, (children_seconds() - before) / slowness)
         if best < LIMIT:
             return
-    pytest.fail(f"cavelight {' '.join(arguments)} took {best:.2f} s at best")
+    pytest.fail(f"cavelight {' '.join(arguments)} took {best:.2f} s at best, at full speed")
+
+
+def loop_seconds() -> float:
+    before = time.process_time()
+    sum(i * i for i in range(1_000_000))
+    return time.process_time() - before
 
 
 def children_seconds() -> float:
