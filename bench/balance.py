@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from bench.provenance import commit, machine
+from bench.provenance import commit, leave_with, machine
 from cavelight.cli.progress import screen
 from cavelight.disk import file_beside
 from cavelight.errors import UserError
@@ -121,8 +121,4 @@ def bits(series: Series) -> float:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    leave_with(main)

@@ -3,10 +3,14 @@
 import os
 import platform
 import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from cavelight.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 
@@ -34,3 +38,12 @@ def processor() -> str:
     listing = Path("/proc/cpuinfo")
     lines = listing.read_text(encoding="utf-8").splitlines() if listing.exists() else []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def leave_with(main: Callable[[], int]) -> None:
+    """Run a script's `main` and leave with its exit code; with 2 after a mistake of the user's."""
+    try:
+        sys.exit(main())
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)

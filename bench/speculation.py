@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from bench.provenance import commit, machine
+from bench.provenance import commit, leave_with, machine
 from cavelight.api import load
 from cavelight.cli.progress import screen
 from cavelight.data.batches import tokenize
@@ -74,7 +74,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     called = list(sys.argv[1:] if arguments is None else arguments)
     page = options.out / "speculation.md"
     with file_beside(page) as scratch:
-        scratch.write_text(report(tallies, len(prompts), context, options.new, called), encoding="utf-8")
+        scratch.write_text(
+            report(tallies, len(model.mtp), len(prompts), context, options.new, called), encoding="utf-8"
+        )
     print(f"wrote {page}")
     return 0 if all(tally.same == len(prompts) for tally in tallies) else 1
 
@@ -93,7 +95,7 @@ def measure(model: Transformer, prompts: Sequence[list[int]], new: int, most: in
     return tallies
 
 
-def report(tallies: Sequence[Tally], prompts: int, context: int, new: int, called: Sequence[str]) -> str:
+def report(tallies: Sequence[Tally], modules: int, prompts: int, context: int, new: int, called: Sequence[str]) -> str:
     rows = []
     for drafts, tally in enumerate(tallies):
         places = ", ".join(f"{a / p:.1%}" for a, p in zip(tally.accepted, tally.proposed, strict=True)) or "-"
@@ -105,7 +107,7 @@ def report(tallies: Sequence[Tally], prompts: int, context: int, new: int, calle
     return f"""# What the drafts are worth
 
 {prompts} windows of held-out text, each a prompt of {context} tokens that is continued greedily by {new}, without
-drafts and with each number of them in turn. The model has one prediction module; drafts beyond the first apply it to
+drafts and with each number of them in turn. Prediction modules: {modules}; drafts beyond that apply the last one to
 its own output. Drafts are never turned off here.
 
 | drafts | accepted, 1st, 2nd, ... | tokens/s | times plain (median over prompts) | same tokens | near-ties settled |
@@ -119,8 +121,4 @@ Machine: {machine(torch.float32)}
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    leave_with(main)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from copy import deepcopy
 from itertools import count
 from pathlib import Path
 
@@ -177,13 +178,23 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_ends_a_run_in_the_end
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loop, "MOST_LEFT_OUT", 3)
-    monkeypatch.setattr(loop, "initialise", lambda model, std, seed: initialise(model, float("inf"), seed))
+    models: list[Transformer] = []
+
+    def spoil(model: Transformer, std: float, seed: int) -> None:
+        initialise(model, std, seed)
+        model.lm_head.weight.data.fill_(float("inf"))  # behind every router, so that all loads are sensible
+        models.append(deepcopy(model))
+        models.append(model)
+
+    monkeypatch.setattr(loop, "initialise", spoil)
     heard: list[Event] = []
     with pytest.raises(UserError, match="not been finite for 3 steps"):
         loop.train(recipe, tmp_path / "run", heard.append)
     assert sum(isinstance(event, Note) and "left out" in event.text for event in heard) == 3
     assert not any(isinstance(event, Saved) for event in heard)
     assert [e.step for e in heard if isinstance(e, Step)] == [1, 2, 3]
+    before, after = (model.state_dict() for model in models)
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 
 
 def test_metrics_are_whole_lines_of_json(recipe: Recipe, tmp_path: Path) -> None:

@@ -149,7 +149,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
 
 def _sentences(error: ValidationError) -> str:
     """All of pydantic's findings in one line, with the nearest known key for an unknown one."""
-    known = {f"{s}.{k}" for s, f in Recipe.model_fields.items() for k in f.annotation.model_fields}  # type: ignore[union-attr]  # every annotation here is a section
+    known = {f"{section}.{key}" for section, keys in Recipe().model_dump().items() for key in keys}
     parts = []
     for detail in error.errors():
         place = ".".join(str(step) for step in detail["loc"])
