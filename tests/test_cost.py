@@ -8,6 +8,7 @@ import pytest
 from cavelight.errors import UserError
 from cavelight.plan.table import facts, rows, tokens_of
 from cavelight.spec import cost
+from cavelight.spec.formats import PACKED_ROLES
 from cavelight.spec.presets import preset, preset_names
 from cavelight.spec.shapes import parameters
 
@@ -69,7 +70,7 @@ def test_weight_bytes() -> None:
     nano = preset("nano")
     assert cost.weight_bytes(nano) == 2 * cost.total_parameters(nano, mtp=True) + 2 * 3 * 8  # biases take four bytes
     fp8 = cost.weight_bytes(preset("deepseek-v3"), "fp8")
-    wide = sum(p.size for p in parameters(preset("deepseek-v3")) if p.role not in cost.FP8_ROLES)
+    wide = sum(p.size for p in parameters(preset("deepseek-v3")) if p.role not in PACKED_ROLES)
     assert fp8 == cost.total_parameters(preset("deepseek-v3"), mtp=True) + wide + 2 * 59 * 256 + 4 * 41_540_496
 
 

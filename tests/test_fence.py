@@ -18,6 +18,7 @@ LAYERS = {
     "data": 3,
     "run": 3,
     "weights": 3,
+    "doctor": 4,
     "see": 4,
     "train": 4,
     "api": 5,

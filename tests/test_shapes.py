@@ -5,7 +5,8 @@ import torch
 
 from cavelight.model.transformer import Transformer
 from cavelight.spec.config import ModelConfig
-from cavelight.spec.cost import FP8_ROLES, scale_count
+from cavelight.spec.cost import scale_count
+from cavelight.spec.formats import PACKED_ROLES
 from cavelight.spec.presets import preset, preset_names
 from cavelight.spec.shapes import Parameter, axis_sizes, parameters
 
@@ -101,7 +102,7 @@ def stored_tensors(config: ModelConfig, fp8: bool) -> int:
     for p in parameters(config):
         if p.name.endswith(".v_up"):
             continue
-        each = 2 if fp8 and p.role in FP8_ROLES else 1
+        each = 2 if fp8 and p.role in PACKED_ROLES else 1
         count += each * (p.shape[0] if p.role == "expert" else 1)
     return count
 
@@ -112,7 +113,7 @@ def test_released_checkpoints_have_as_many_tensors() -> None:
 
 
 def test_released_fp8_checkpoint_has_as_many_scales() -> None:
-    table = [p for p in parameters(preset("deepseek-v3")) if p.role in FP8_ROLES]
+    table = [p for p in parameters(preset("deepseek-v3")) if p.role in PACKED_ROLES]
     assert sum(scale_count(p) for p in table) == 41_540_496
     ragged = next(p for p in table if p.name.endswith("kv_a_proj_with_mqa.weight"))
     assert (ragged.shape[0], scale_count(ragged)) == (576, 5 * 56)

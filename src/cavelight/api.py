@@ -19,23 +19,31 @@ from cavelight.spec.presets import preset
 from cavelight.spec.recipe import Recipe
 from cavelight.train.loop import Result
 from cavelight.train.loop import train as _train
+from cavelight.weights.hub import local_folder
 from cavelight.weights.snapshot import read_checkpoint, write_checkpoint
 
 __all__ = ["Transformer", "generate", "generate_tokens", "load", "preset", "read_config", "save", "train"]
 
 
 def load(
-    path: str | Path, dtype: torch.dtype | None = None, *, without_mtp: bool = False
+    path: str | Path,
+    dtype: torch.dtype | None = None,
+    *,
+    without_mtp: bool = False,
+    packed: bool | None = None,
+    revision: str | None = None,
 ) -> tuple[Transformer, Tokenizer]:
     """The model and tokenizer of a Hugging Face directory (DeepSeek-V2 or -V3 layout), or of a run of `train`.
 
-    dtype: of the weights; the checkpoint's own unless given (see weights.snapshot.read_checkpoint). without_mtp: leave
-    the prediction modules out; needed where the configuration announces some that the files lack, as what transformers
-    saves does.
+    path: a folder, or owner/name of a model on the Hugging Face hub, which is downloaded once; revision: its branch,
+    tag or commit. dtype: of the weights; the checkpoint's own unless given. packed: keep packed matrices as they are
+    stored, for running only; unless told, int8 and int4 are kept and block-fp8 is unpacked (for both see
+    weights.snapshot.read_checkpoint). without_mtp: leave the prediction modules out; needed where the configuration
+    announces some that the files lack, as what transformers saves does.
     Raises UserError for anything missing, left over or broken.
     """
-    folder = checkpoint_folder(path)
-    return read_checkpoint(folder, dtype, without_mtp=without_mtp), Tokenizer.load(folder)
+    folder = checkpoint_folder(local_folder(path, revision))
+    return read_checkpoint(folder, dtype, without_mtp=without_mtp, packed=packed), Tokenizer.load(folder)
 
 
 def checkpoint_folder(path: str | Path) -> Path:
@@ -45,9 +53,12 @@ def checkpoint_folder(path: str | Path) -> Path:
     return inside if (inside / "config.json").is_file() and not (folder / "config.json").exists() else folder
 
 
-def save(model: Transformer, tokenizer: Tokenizer, path: str | Path) -> None:
-    """Write a Hugging Face directory, MTP modules included. It appears complete or not at all."""
-    write_checkpoint(model, path, tokenizer)
+def save(model: Transformer, tokenizer: Tokenizer, path: str | Path, *, shift_biases: bool | None = None) -> None:
+    """Write a Hugging Face directory, MTP modules included. It appears complete or not at all.
+
+    shift_biases: False leaves negative routing biases as they are, which some engines misread (see weights/bias.py).
+    """
+    write_checkpoint(model, path, tokenizer, shift_biases=shift_biases)
 
 
 def generate(

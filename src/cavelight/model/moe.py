@@ -1,11 +1,12 @@
 """DeepSeekMoE: fine routed experts beside shared ones (V3 report, eq. 12).
 
-Letters: T tokens, D hidden size, E experts, F expert width.
+Letters: T tokens, D hidden size, E experts, K experts a token, F expert width.
 """
 
 import torch
 from torch import Tensor, nn
 
+from cavelight.kernels import experts
 from cavelight.model.layers import SwiGLU
 from cavelight.model.ports import Dispatch
 from cavelight.model.router import Router, Routing
@@ -21,6 +22,9 @@ class Experts(nn.Module):
         self.gate_proj = nn.Parameter(torch.empty(E, F, D, dtype=dtype, device=device))
         self.up_proj = nn.Parameter(torch.empty(E, F, D, dtype=dtype, device=device))
         self.down_proj = nn.Parameter(torch.empty(E, D, F, dtype=dtype, device=device))
+
+    def forward(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        return experts.grouped(x_TD, ids_TK, weights_TK, self.gate_proj, self.up_proj, self.down_proj)
 
 
 class MoE(nn.Module):

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from cavelight.kernels import attend, experts
+from cavelight.kernels import attend
 
 
 class Attend(Protocol):
@@ -32,19 +32,19 @@ class Attend(Protocol):
         ...
 
 
-class ExpertWeights(Protocol):
-    """What `Dispatch` needs to know of a layer's routed experts."""
+class RoutedExperts(Protocol):
+    """A layer's routed experts, as `Dispatch` is given them: in which form they are stored is their own business."""
 
-    gate_proj: nn.Parameter  # [E, F, D]
-    up_proj: nn.Parameter  # [E, F, D]
-    down_proj: nn.Parameter  # [E, D, F]
+    def __call__(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        """The weighted sum of each token's chosen experts [T, D]."""
+        ...
 
 
 class Dispatch(Protocol):
     """Send each token to its chosen experts and bring back the weighted sum."""
 
     def __call__(
-        self, layer: int, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, weights: ExpertWeights
+        self, layer: int, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, experts: RoutedExperts
     ) -> Tensor: ...
 
 
@@ -81,5 +81,5 @@ class PackedAttend:
 class GroupedDispatch:
     """All experts at home: one grouped product."""
 
-    def __call__(self, layer: int, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, weights: ExpertWeights) -> Tensor:
-        return experts.grouped(x_TD, ids_TK, weights_TK, weights.gate_proj, weights.up_proj, weights.down_proj)
+    def __call__(self, layer: int, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, experts: RoutedExperts) -> Tensor:
+        return experts(x_TD, ids_TK, weights_TK)

@@ -23,8 +23,12 @@ from pydantic import (
 from cavelight.errors import UserError
 from cavelight.spec import hf
 
-Size = Annotated[int, Field(gt=0)]
-Count = Annotated[int, Field(ge=0)]
+# The bounds are far beyond any model; without them a damaged file makes tables until memory is gone.
+Size = Annotated[int, Field(gt=0, lt=2**31)]
+Count = Annotated[int, Field(ge=0, lt=2**31)]
+Layers = Annotated[int, Field(gt=0, le=10_000)]
+Experts = Annotated[int, Field(gt=0, le=10_000)]
+Modules = Annotated[int, Field(ge=0, le=100)]
 TokenId = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 _FROZEN = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
@@ -62,8 +66,8 @@ class ModelConfig(BaseModel):
     vocab_size: Size
     hidden_size: Size
     intermediate_size: Size
-    num_hidden_layers: Size
-    num_nextn_predict_layers: Count = 0
+    num_hidden_layers: Layers
+    num_nextn_predict_layers: Modules = 0
     max_position_embeddings: Size
 
     num_attention_heads: Size
@@ -76,7 +80,7 @@ class ModelConfig(BaseModel):
     rope_theta: Annotated[float, Field(gt=1)] = 10000.0
     rope_scaling: Yarn | None = None
 
-    n_routed_experts: Size | None
+    n_routed_experts: Experts | None
     n_shared_experts: Size | None
     num_experts_per_tok: Count
     moe_intermediate_size: Count

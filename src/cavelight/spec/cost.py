@@ -5,18 +5,17 @@ Counts hold every stored number, the routing biases (`e_score_correction_bias`) 
 """
 
 from dataclasses import dataclass
-from math import ceil, prod
+from math import prod
 from typing import Literal
 
 from cavelight.spec.config import ModelConfig
+from cavelight.spec.formats import FP8, INT4, INT8, PACKED_ROLES, PLAIN
 from cavelight.spec.shapes import Parameter, parameters
 
 Form = Literal["expanded", "absorbed"]
-Precision = Literal["bf16", "fp8"]
+Precision = Literal["bf16", "fp8", "int8", "int4"]
 
-# What DeepSeek-V3's checkpoints hold in fp8; embedding, head, norms, gates and the MTP projection stay bf16.
-FP8_ROLES = frozenset({"attention", "dense", "expert", "shared_expert"})
-FP8_BLOCK = 128
+FORMATS = {"bf16": PLAIN, "fp8": FP8, "int8": INT8, "int4": INT4}
 
 
 def total_parameters(config: ModelConfig, mtp: bool = False) -> int:
@@ -44,15 +43,16 @@ def active_parameters(config: ModelConfig, embedding: bool = True, mtp: bool = F
 
 
 def weight_bytes(config: ModelConfig, precision: Precision = "bf16", mtp: bool = True) -> int:
-    """Bytes of the weights in memory.
+    """Bytes of the weights as a checkpoint of this precision holds them, MTP's copies not counted.
 
-    `bf16` is two bytes each, routing biases four. `fp8` is DeepSeek-V3's format: a byte each where FP8_ROLES says so,
-    plus one float32 scale per block of 128 x 128; a stack of experts or heads is blocked matrix by matrix.
+    `bf16` is two bytes each, routing biases four. The others pack the matrices of spec.formats.PACKED_ROLES and keep
+    scales beside them: `fp8` a byte each and one float32 per block of 128 x 128, `int8` and `int4` a byte or half of
+    one and a bfloat16 per row or per 32 columns of it. A stack of experts or heads is packed matrix by matrix.
     """
 
     def stored(p: Parameter) -> int:
-        if precision == "fp8" and p.role in FP8_ROLES:
-            return p.size + 4 * scale_count(p)
+        if p.role in PACKED_ROLES:
+            return FORMATS[precision].nbytes(p.shape)
         return p.size * (4 if p.dtype == "float32" else 2)
 
     return sum(stored(p) for p in _table(config, mtp))
@@ -60,8 +60,7 @@ def weight_bytes(config: ModelConfig, precision: Precision = "bf16", mtp: bool =
 
 def scale_count(p: Parameter) -> int:
     """Number of fp8 scales of one tensor: its last two axes in blocks of 128 x 128, ragged edges counted whole."""
-    rows, columns = p.shape[-2:]
-    return prod(p.shape[:-2]) * ceil(rows / FP8_BLOCK) * ceil(columns / FP8_BLOCK)
+    return prod(p.shape[:-2]) * prod(FP8.scale_shape((p.shape[-2], p.shape[-1])))
 
 
 def flops_per_token(

@@ -52,6 +52,7 @@ def train_step(
     for part, gradients in workers.map(differentiate, micro_batches):
         parts.append(part)
         optimizer.add(gradients)
+        del gradients  # else they stand beside the next ones, and through the update
     counts = tuple(torch.stack(layer).sum(dim=0) for layer in zip(*(part.counts for part in parts), strict=True))
     grad_norm = optimizer.step(learning_rate, recipe.clip_norm)
     if math.isfinite(grad_norm):

@@ -14,13 +14,17 @@ from torch import Tensor
 from cavelight.disk import folder_beside
 from cavelight.errors import UserError
 from cavelight.model.transformer import Transformer
-from cavelight.spec.config import ModelConfig
 from cavelight.spec.shapes import parameters
-from cavelight.weights.files import SHARD_BYTES, Entry, Safetensors, abbreviated, write_safetensors
+from cavelight.weights.bias import for_export
+from cavelight.weights.files import SHARD_BYTES, Entry, abbreviated, write_safetensors
 from cavelight.weights.names import check_fit, hf_tensors, is_mtp
+from cavelight.weights.stored import Checkpoint
+from cavelight.weights.swap import is_packed, swap
 
+CONVERSION = "conversion.json"  # what weights.convert did; `files` lists what it took over from the source
 # A checkpoint may replace a folder that holds nothing else.
 CHECKPOINT_FILES = (
+    CONVERSION,
     "config.json",
     "generation_config.json",
     "*.safetensors",
@@ -44,45 +48,53 @@ class SavesTokenizer(Protocol):
 
 @torch.no_grad()
 def read_checkpoint(
-    path: str | Path, dtype: torch.dtype | None = None, *, check_finite: bool = True, without_mtp: bool = False
+    path: str | Path,
+    dtype: torch.dtype | None = None,
+    *,
+    check_finite: bool = True,
+    without_mtp: bool = False,
+    packed: bool | None = None,
 ) -> Transformer:
     """Build the model of a checkpoint folder, written by us, released, or saved with transformers.
 
-    dtype: of the weights; unless told, bfloat16 where the checkpoint holds nothing else, and float32 otherwise, which
-    loses nothing. Routing biases are float32 in any case. check_finite: refuse NaN and infinity. without_mtp: leave
-    the MTP modules out, whether or not the checkpoint holds them.
+    dtype: of the weights, and with it of what is computed; unless told, bfloat16 where the checkpoint holds nothing
+    else, and float32 otherwise, which loses nothing. Routing biases are float32 in any case. check_finite: refuse NaN
+    and infinity. without_mtp: leave the MTP modules out, whether or not the checkpoint holds them. packed: keep packed
+    matrices as they are stored, for running only (see weights.swap); unless told, integers are kept, which is what they
+    are for, and block-fp8 is unpacked, which can then be trained and saved.
 
     Raises UserError for files that are missing or broken, for any missing, left-over or misshapen tensor, for MTP
     modules that the configuration announces and the files lack (or the reverse), and for weights that are not finite.
     """
-    folder = Path(path)
-    if not folder.is_dir():
-        raise UserError(
-            f"There is no folder {folder}",
-            why="a checkpoint is a folder with config.json and *.safetensors",
-            do="give the path of one; a model on the Hugging Face hub has to be downloaded first",
-        )
-    config = ModelConfig.read(folder)
+    checkpoint = Checkpoint(Path(path))
+    config = checkpoint.config
     if without_mtp:
         config = config.replace(num_nextn_predict_layers=0)
-    files = Safetensors(folder)
+    found = {n: shape for n, shape in checkpoint.shapes.items() if not (without_mtp and is_mtp(n, config))}
     wanted = hf_tensors(config)
-    found = {name: entry for name, entry in files.entries.items() if not (without_mtp and is_mtp(name, config))}
-    check_fit(wanted, {name: entry.shape for name, entry in found.items()}, config)
+    check_fit(wanted, found, config)
     wanted = tuple(tensor for tensor in wanted if tensor.name in found)
     if dtype is None:
-        stored = {found[tensor.name].dtype for tensor in wanted if tensor.dtype == "model"}
+        stored = {checkpoint.dtype(tensor.name) for tensor in wanted if tensor.dtype == "model"}
         dtype = torch.bfloat16 if stored == {torch.bfloat16} else torch.float32
+    model = Transformer(config, dtype, device=torch.device("meta"))
+    keep = checkpoint.format.kind == "int" if packed is None else packed
+    gone = swap(model, checkpoint, wanted) if keep else set()
     ours = {
-        p.name: torch.empty(p.shape, dtype=dtype if p.dtype == "model" else torch.float32) for p in parameters(config)
+        p.name: torch.empty(p.shape, dtype=dtype if p.dtype == "model" else torch.float32)
+        for p in parameters(config)
+        if p.name not in gone
     }
     for tensor in wanted:
-        theirs = files.tensor(tensor.name)
+        if tensor.parts[0].name in gone and (checkpoint.format.kind == "int" or not check_finite):
+            continue  # integers are finite if their scales are, which is checked when they are read
+        theirs = checkpoint.tensor(tensor.name, dtype if checkpoint.is_packed(tensor.name) else None)
         if check_finite:
             _check_finite(tensor.name, theirs)
-        tensor.unpack(theirs, ours)
-    model = Transformer(config, dtype, device=torch.device("meta"))
-    model.load_state_dict(ours, assign=True)
+        if tensor.parts[0].name not in gone:
+            tensor.unpack(theirs, ours)
+    missing, unexpected = model.load_state_dict(ours, strict=False, assign=True)
+    assert not unexpected and not any(tensor.is_meta for tensor in model.state_dict().values()), missing
     return model
 
 
@@ -93,14 +105,25 @@ def write_checkpoint(
     tokenizer: SavesTokenizer | None = None,
     generation: dict[str, Any] | None = None,
     shard_bytes: int = SHARD_BYTES,
+    *,
+    shift_biases: bool | None = None,
 ) -> None:
     """Write a Hugging Face folder that other engines open, MTP included, and `read_checkpoint` reads to the bit.
 
-    generation: further keys for generation_config.json. The folder appears at once and complete; an older checkpoint
-    there is replaced only then. Raises UserError when the disk is full or `path` holds anything but a checkpoint.
+    generation: further keys for generation_config.json. shift_biases: False writes routing biases to the bit too; else
+    those of a layer that has negative ones (with True, of all layers) are moved so that engines agree, which changes
+    no choice (weights/bias.py). The folder appears at once and complete; an older checkpoint
+    there is replaced only then. Raises UserError when the disk is full, `path` holds anything but a checkpoint, or the
+    model's weights are packed.
     """
+    if is_packed(model):
+        raise UserError(
+            "A model with packed weights cannot be saved",
+            why="it was read for running; saved it would lose what its file says of the format",
+            do="copy the folder that it came from, convert that with `cavelight convert`, or load it with packed=False",
+        )
     path = Path(path).resolve()
-    _check_replaceable(path)
+    check_replaceable(path)
     ours, dtypes = model.state_dict(), {"float32": torch.float32, "model": model.lm_head.weight.dtype}
     extra = {key: value for key, value in model.config.extra.items() if key not in OF_OTHER_FILES}
     config = model.config.replace(torch_dtype=str(dtypes["model"]).removeprefix("torch."), extra=extra)
@@ -110,11 +133,12 @@ def write_checkpoint(
     entries = [Entry(tensor.name, tensor.shape, dtypes[tensor.dtype]) for tensor in tensors.values()]
 
     def packed(name: str) -> Tensor:
-        return tensors[name].pack(ours).to(dtypes[tensors[name].dtype])
+        values = tensors[name].pack(ours).to(dtypes[tensors[name].dtype])
+        return for_export(values, shift_biases) if tensors[name].parts[0].role == "routing_bias" else values
 
     with folder_beside(path) as folder:
-        _write_json(folder / "config.json", config.to_hf())
-        _write_json(folder / "generation_config.json", settings)
+        write_json(folder / "config.json", config.to_hf())
+        write_json(folder / "generation_config.json", settings)
         write_safetensors(folder, entries, packed, shard_bytes)
         if tokenizer is not None:
             tokenizer.save(folder)
@@ -132,13 +156,15 @@ def _check_finite(name: str, tensor: Tensor) -> None:
         )
 
 
-def _check_replaceable(path: Path) -> None:
+def check_replaceable(path: Path) -> None:
     """Replacing a folder deletes what is in it: only what a checkpoint consists of may go."""
     if not path.exists():
         return
-    strangers = [path.name]
+    strangers = {path.name}
     if path.is_dir():
-        strangers = [f.name for f in path.iterdir() if not any(fnmatch(f.name, known) for known in CHECKPOINT_FILES)]
+        names = {file.name for file in path.iterdir()}
+        strangers = {name for name in names if not any(fnmatch(name, known) for known in CHECKPOINT_FILES)}
+        strangers -= _taken_over(path / CONVERSION) if strangers else set()
     if strangers:
         raise UserError(
             f"{path} holds something other than a checkpoint",
@@ -148,5 +174,16 @@ def _check_replaceable(path: Path) -> None:
         )
 
 
-def _write_json(file: Path, content: dict[str, Any]) -> None:
+def _taken_over(record: Path) -> set[str]:
+    """Files that a conversion copied from its source beside the weights: licences, code."""
+    if not record.is_file():
+        return set()
+    try:
+        return set(json.loads(record.read_bytes())["files"])
+    except (ValueError, TypeError, KeyError):
+        return set()
+
+
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    """An object as text that people can read."""
     file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
