@@ -25,6 +25,12 @@ Checkpoint = Annotated[Path, typer.Argument(metavar="DIR", help="A Hugging Face 
 WithoutMTP = Annotated[
     bool, typer.Option("--without-mtp", help="Leave the prediction modules out, as for files without.")
 ]
+Source = Annotated[
+    str, typer.Argument(metavar="SRC", help="A Hugging Face directory, a run of ours, or owner/name on the hub.")
+]
+Revision = Annotated[
+    str | None, typer.Option(metavar="REV", help="Branch, tag or commit on the hub; it is pinned to its commit.")
+]
 Dtype = Annotated[str, typer.Option(help="Numbers to compute in: auto, float32 or bfloat16.")]
 
 MaxNewTokens = Annotated[int, typer.Option(metavar="N", help="Stop after so many new tokens.")]
@@ -169,19 +175,120 @@ def chat(
 
 
 @app.command()
+def convert(
+    source: Source,
+    target: Annotated[Path, typer.Argument(metavar="DST", help="The folder that the converted checkpoint becomes.")],
+    to: Annotated[
+        str,
+        typer.Option(help="hf: plain weights. fp8: blocks of 128 x 128, as DeepSeek-V3. int8, int4: packed integers."),
+    ] = "hf",
+    dtype: Annotated[
+        str, typer.Option(help="Of the plain weights: auto keeps the source's; bfloat16, float16, float32.")
+    ] = "auto",
+    revision: Revision = None,
+    shift_biases: Annotated[
+        bool | None,
+        typer.Option(
+            "--shift-biases/--keep-biases",
+            help="Make routing biases non-negative, for engines that mask with 0. Unless told: if any are negative.",
+            show_default=False,
+        ),
+    ] = None,
+    scale_fmt: Annotated[str, typer.Option(help="Scales of fp8: float32, or ue8m0 for powers of two.")] = "float32",
+    group: Annotated[int, typer.Option(metavar="N", help="Weights that share a scale in int4.")] = 32,
+    without_mtp: WithoutMTP = False,
+    shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Largest file, as in 500MB or 4GiB.")] = "4GiB",
+    as_json: Json = False,
+) -> None:
+    """Write a checkpoint in another format, in little memory. Interrupted, the same command goes on."""
+    from cavelight.cli import convert as command
+    from cavelight.cli.screen import telling
+
+    with telling(as_json, "Stopped by Ctrl-C; the same command goes on from here."):
+        command.convert(
+            source, target, to, dtype, revision, shift_biases, scale_fmt, group, without_mtp, shard_size, as_json
+        )
+
+
+@app.command()
+def doctor(
+    source: Source,
+    level: Annotated[
+        str,
+        typer.Option("--level", help="headers: in seconds, no weights. weights: all of them. model: runs it too."),
+    ] = "weights",
+    against: Annotated[
+        str | None, typer.Option(metavar="ENGINE", help="Compare part by part with another engine: transformers.")
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Text to run the model on; else Python's standard library.")
+    ] = None,
+    store: Annotated[
+        bool, typer.Option("--store", help="Write into config.json what was found about MTP's input.")
+    ] = False,
+    revision: Revision = None,
+    as_json: Json = False,
+) -> None:
+    """Find what is wrong with a checkpoint. Leaves with 1 if anything fails."""
+    from cavelight.cli import doctor as command
+    from cavelight.cli.screen import telling
+
+    with telling(as_json):
+        command.doctor(source, level, against, text, store, revision, as_json)
+
+
+@app.command()
+def look(
+    source: Source,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where page and pictures go; beside the checkpoint unless told.")
+    ] = None,
+    revision: Revision = None,
+    as_json: Json = False,
+) -> None:
+    """Look inside a checkpoint: one page and pictures of its biases, experts, latents and MTP modules."""
+    from cavelight.cli import look as command
+    from cavelight.cli.screen import telling
+
+    with telling(as_json):
+        command.look(source, out, revision, as_json)
+
+
+@app.command()
 def plan(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A preset such as deepseek-v3, or a config.json.")],
     context: Annotated[
         str | None, typer.Option(help="Tokens of context, as in 128k; the model's longest unless told.")
     ] = None,
+    device: Annotated[str | None, typer.Option(help="A device of the data sheet, such as H800 or cpu.")] = None,
+    devices: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A TOML file with more devices; see docs/plan.md.")
+    ] = None,
+    count: Annotated[int | None, typer.Option(metavar="N", help="How many of them; the fewest unless told.")] = None,
+    purpose: Annotated[str, typer.Option("--for", help="serve or train.")] = "serve",
+    layout: Annotated[
+        str | None, typer.Option(help="How work is parted, as in dp=8,ep=8,pp=2,tp=1,recompute=selective.")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(metavar="N", help="Sequences at a time; what fits unless told.")] = None,
+    weights: Annotated[
+        str, typer.Option("--format", help="Of the weights: bf16, fp8, int8, int4; auto for the device's best.")
+    ] = "auto",
+    acceptance: Annotated[
+        float | None, typer.Option(help="Share of MTP's drafts that hold, 0.85 unless told; 0 for plain decoding.")
+    ] = None,
+    tokens: Annotated[str | None, typer.Option(help="To train on, as in 14.8T.")] = None,
+    price: Annotated[float | None, typer.Option(help="Dollars an hour and device.")] = None,
+    utilisation: Annotated[float | None, typer.Option(help="Share of the device's peak that training reaches.")] = None,
+    picture: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw it: a .png, .svg or .pdf.")] = None,
     as_json: Json = False,
 ) -> None:
-    """What a model costs: parameters, weights, cache, operations."""
+    """What a model costs and needs: parameters, cache, memory, speed, devices, money."""
     from cavelight.cli import plan as command
     from cavelight.cli.screen import telling
 
     with telling(as_json):
-        command.plan(model, context, as_json)
+        asked = (purpose, layout, batch, weights, acceptance, tokens, price, utilisation, picture)
+        command.plan(model, command.PlanOptions(context, device, devices, count, *asked), as_json)
 
 
 def run() -> None:

@@ -30,21 +30,32 @@ def screen(title: str, as_json: bool) -> AbstractContextManager[Listener]:
 
 @contextmanager
 def _json_lines() -> Iterator[Listener]:
-    yield lambda event: say_json({"kind": type(event).__name__.lower(), **asdict(event)})
-
-
-@contextmanager
-def _plain_lines(title: str) -> Iterator[Listener]:
     last = 0.0
 
     def listen(event: Event) -> None:
         nonlocal last
+        if isinstance(event, Phase) and event.done < event.total:
+            if time.monotonic() - last < 1:
+                return
+            last = time.monotonic()
+        say_json({"kind": type(event).__name__.lower(), **asdict(event)})
+
+    yield listen
+
+
+@contextmanager
+def _plain_lines(title: str) -> Iterator[Listener]:
+    last, pace = 0.0, Pace()
+
+    def listen(event: Event) -> None:
+        nonlocal last
+        note = pace.note(event) if isinstance(event, Phase) else ""
         if isinstance(event, Step | Phase):
             finished = event.step == event.steps if isinstance(event, Step) else event.done == event.total
             if not finished and time.monotonic() - last < LINE:
                 return
             last = time.monotonic()
-        OUT.print(sentence_of(event), soft_wrap=True)
+        OUT.print(sentence_of(event) + note, soft_wrap=True)
 
     OUT.print(title)
     yield listen
@@ -91,8 +102,26 @@ def sentence_of(event: Event) -> str:
 
 def _amount(phase: Phase) -> str:
     if phase.unit == "B":
-        return f"{phase.done / 1e6:.1f} of {phase.total / 1e6:.1f} MB"
+        size, unit = (1e9, "GB") if phase.total >= 1e10 else (1e6, "MB")
+        return f"{phase.done / size:.1f} of {phase.total / size:.1f} {unit}"
     return f"{phase.done:,} of {phase.total:,} {phase.unit}"
+
+
+class Pace:
+    """How fast a phase goes and how long it will: measured from where it began here, which need not be zero."""
+
+    def __init__(self) -> None:
+        self._name: str | None = None
+
+    def note(self, now: Phase) -> str:
+        """`, 120 MB/s, 7 s left`, as far as that can be said."""
+        if now.name != self._name:
+            self._name, self._first, self._began = now.name, now.done, time.monotonic()
+        gone, done = time.monotonic() - self._began, now.done - self._first
+        if not done or gone < 1:
+            return ""
+        rate = f", {done / gone / 1e6:,.0f} MB/s" if now.unit == "B" else ""
+        return rate + (f", {duration(gone / done * (now.total - now.done))} left" if now.done < now.total else "")
 
 
 @dataclass
@@ -121,7 +150,7 @@ class Picture:
         self.looks: list[Evaluated] = []
         self.phase: Phase | None = None
         self.losses, self.mtp_losses = History(), History()
-        self.began = self.phase_began = time.monotonic()
+        self.began, self.pace, self.note = time.monotonic(), Pace(), ""
 
     def take(self, event: Event) -> None:
         match event:
@@ -135,9 +164,7 @@ class Picture:
                 self.looks.append(event)
                 self.phase = None
             case Phase():
-                if self.phase is None or self.phase.name != event.name:
-                    self.phase_began = time.monotonic()
-                self.phase = event
+                self.phase, self.note = event, self.pace.note(event)
 
     def draw(self) -> RenderableType:
         rows: list[RenderableType] = []
@@ -148,9 +175,7 @@ class Picture:
         return Panel(Group(*rows or ["preparing"]), title=self.title, title_align="left", border_style="cyan")
 
     def _progress(self, phase: Phase) -> RenderableType:
-        gone, share = time.monotonic() - self.phase_began, phase.done / max(1, phase.total)
-        left = f", {duration(gone / share - gone)} left" if 0 < share < 1 else ""
-        return _bar(phase.name, share, _amount(phase) + left)
+        return _bar(phase.name, phase.done / max(1, phase.total), _amount(phase) + self.note)
 
     def _clock(self, now: Step) -> RenderableType:
         gone = time.monotonic() - self.began

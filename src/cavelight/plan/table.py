@@ -10,7 +10,14 @@ from cavelight.errors import UserError
 from cavelight.spec import cost
 from cavelight.spec.config import ModelConfig
 
+_AMOUNTS = {"k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
 _SUFFIXES = {"": 1, "k": 1024, "m": 1024**2}
+_FORMATS: dict[cost.Precision, str] = {
+    "bf16": "weights in bf16",
+    "fp8": "weights in fp8, blocks of 128 x 128",
+    "int8": "weights in int8, by row",
+    "int4": "weights in int4, groups of 32",
+}
 _ATTENTIONS = {
     "mla": "MLA (what Cavelight stores)",
     "expanded": "MLA, keys and values expanded",
@@ -28,6 +35,19 @@ def tokens_of(text: str) -> int:
     if not (digits.isascii() and digits.isdigit() and int(digits) > 0):
         raise UserError("That is no number of tokens", got=repr(text), do="write for example 4096 or 128k")
     return int(digits) * _SUFFIXES[suffix]
+
+
+def amount_of(text: str) -> float:
+    """A number of training tokens as people write it, in powers of ten: `14.8T`, `300B`, `5e9`."""
+    number = text.strip().lower()
+    size = _AMOUNTS.get(number[-1:], 1.0)
+    try:
+        amount = float(number[:-1] if number[-1:] in _AMOUNTS else number) * size
+    except ValueError:
+        amount = 0.0
+    if not 0 < amount < 1e18:
+        raise UserError("That is no number of tokens", got=repr(text), do="write for example 14.8T or 300B")
+    return amount
 
 
 def facts(config: ModelConfig, context: int | None = None) -> dict[str, Any]:
@@ -54,7 +74,7 @@ def facts(config: ModelConfig, context: int | None = None) -> dict[str, Any]:
             "active_without_embedding": cost.active_parameters(config, embedding=False),
             "in_checkpoint": cost.checkpoint_elements(config),
         },
-        "weight_bytes": {"bf16": cost.weight_bytes(config, "bf16"), "fp8": cost.weight_bytes(config, "fp8")},
+        "weight_bytes": {form: cost.weight_bytes(config, form) for form in _FORMATS},
         "cache_bytes_per_token": cache,
         "cache_bytes": {kind: size * context for kind, size in cache.items()},
         "training_row": row,
@@ -76,8 +96,7 @@ def rows(plan: dict[str, Any]) -> tuple[tuple[str, str], ...]:
     lines += [
         ("active per token", _count(count["active"])),
         ("  without the embedding table", _count(count["active_without_embedding"])),
-        ("weights in bf16", _bytes(size["bf16"])),
-        ("weights in fp8, blocks of 128 x 128", _bytes(size["fp8"])),
+        *((label, of_bytes(size[form])) for form, label in _FORMATS.items()),
     ]
     beyond = f", beyond the model's {plan['max_context']:,}" if plan["context"] > plan["max_context"] else ""
     lines.append((f"cache per token, and for {plan['context']:,} tokens{beyond}", ""))
@@ -87,7 +106,7 @@ def rows(plan: dict[str, Any]) -> tuple[tuple[str, str], ...]:
             continue  # no more than eight heads
         each, whole = plan["cache_bytes_per_token"][kind], plan["cache_bytes"][kind]
         times = "" if kind == "mla" else f"   {each / mla:.1f} x MLA"
-        lines.append((f"  {label}", f"{each:,} B   {_bytes(whole)}{times}"))
+        lines.append((f"  {label}", f"{each:,} B   {of_bytes(whole)}{times}"))
     return (
         *lines,
         (f"training, per token in rows of {plan['training_row']:,}", _flops(flops["training"])),
@@ -97,18 +116,19 @@ def rows(plan: dict[str, Any]) -> tuple[tuple[str, str], ...]:
 
 
 def _count(number: int) -> str:
-    return f"{number:,} ({_scaled(number, ('', ' K', ' M', ' B', ' T'))})"
+    return f"{number:,} ({scaled(number, ('', ' K', ' M', ' B', ' T'))})"
 
 
-def _bytes(number: int) -> str:
-    return _scaled(number, (" B", " kB", " MB", " GB", " TB", " PB"))
+def of_bytes(number: float) -> str:
+    """1.37 TB."""
+    return scaled(number, (" B", " kB", " MB", " GB", " TB", " PB"))
 
 
 def _flops(number: float) -> str:
-    return _scaled(number, (" FLOP", " kFLOP", " MFLOP", " GFLOP", " TFLOP", " PFLOP"))
+    return scaled(number, (" FLOP", " kFLOP", " MFLOP", " GFLOP", " TFLOP", " PFLOP"))
 
 
-def _scaled(number: float, units: tuple[str, ...]) -> str:
+def scaled(number: float, units: tuple[str, ...]) -> str:
     """Three to four digits and the largest unit that leaves something before the point."""
     power = 0
     while number >= 999.5 and power < len(units) - 1:

@@ -1,0 +1,96 @@
+"""What packing costs a trained model: held-out bits per byte of each format beside bfloat16, all read the same way.
+
+python -m bench.packing runs/demo writes docs/results/packing.md. The model is converted by `cavelight convert`'s own
+code; each result is evaluated in float32, so that the formats alone differ.
+"""
+
+import argparse
+import shlex
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from bench.provenance import commit, leave_with, machine
+from cavelight.api import checkpoint_folder, load
+from cavelight.cli.progress import screen
+from cavelight.data.batches import tokenize
+from cavelight.data.corpus import read_corpus
+from cavelight.disk import file_beside
+from cavelight.spec.formats import named
+from cavelight.train.evaluate import held_out_bits_per_byte
+from cavelight.train.prepare import cache_folder
+from cavelight.train.state import RunFolder
+from cavelight.train.workers import Workers
+from cavelight.weights.convert import convert
+
+FORMATS = {"hf": None, "fp8": None, "int8": 0.005, "int4": 0.03}  # what each may lose, where a bound was set
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What evaluating one format gave, and the bytes of its files."""
+
+    bits_per_byte: float
+    nbytes: int
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Held-out bits per byte of a run's model in each format.")
+    parser.add_argument("run", type=Path, nargs="?", default=Path("runs/demo"), help="a run's folder (runs/demo)")
+    parser.add_argument("--out", type=Path, default=Path("docs/results"), help="where the page goes")
+    options = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        outcomes = measure(options.run, Path(folder))
+    called = list(sys.argv[1:] if arguments is None else arguments)
+    page = options.out / "packing.md"
+    with file_beside(page) as scratch:
+        scratch.write_text(report(outcomes, called), encoding="utf-8")
+    print(f"wrote {page}")
+    plain = outcomes["hf"].bits_per_byte
+    kept = (bound is None or outcomes[name].bits_per_byte <= plain * (1 + bound) for name, bound in FORMATS.items())
+    return 0 if all(kept) else 1
+
+
+def measure(run: Path, scratch: Path) -> dict[str, Outcome]:
+    recipe, outcomes = RunFolder(run).read_recipe(), {}
+    held = read_corpus(recipe.data.corpus, recipe.data.held_out_every, recipe.data.text_key).held
+    for name in FORMATS:
+        with screen(f"{run} as {name}", as_json=False) as listen:
+            convert(checkpoint_folder(run), scratch / name, named(name), dtype=torch.bfloat16, on_event=listen)
+            model, tokenizer = load(scratch / name, torch.float32)
+            store = tokenize(held, tokenizer, cache_folder())
+            workers = Workers(torch.get_num_threads())
+            bits = held_out_bits_per_byte(model, store, recipe.data.row_length, None, listen, workers)
+        nbytes = sum(file.stat().st_size for file in (scratch / name).glob("*.safetensors"))
+        outcomes[name] = Outcome(bits, nbytes)
+    return outcomes
+
+
+def report(outcomes: dict[str, Outcome], called: Sequence[str]) -> str:
+    plain = outcomes["hf"].bits_per_byte
+    rows = []
+    for name, outcome in outcomes.items():
+        allowed = f"{bound:.1%}" if (bound := FORMATS[name]) else "-"
+        more, title = outcome.bits_per_byte / plain - 1, "bf16" if name == "hf" else name
+        rows.append(f"| {title} | {outcome.bits_per_byte:.6f} | {more:+.4%} | {allowed} | {outcome.nbytes / 1e6:.2f} |")
+    return f"""# What packing costs
+
+A run's model in each format that `cavelight convert --to` writes, on all of its held-out text. Everything that a format
+leaves plain is bfloat16; all are evaluated in float32, int8 and int4 from their packed weights.
+
+| format | held-out bits per byte | more than bf16 | allowed | MB of weights |
+|---|--:|--:|--:|--:|
+{chr(10).join(rows)}
+
+Command: `{shlex.join(["python", "-m", "bench.packing", *called])}`{"  "}
+Commit: {commit()}{"  "}
+Machine: {machine(torch.float32)}
+"""
+
+
+if __name__ == "__main__":
+    leave_with(main)
