@@ -218,7 +218,7 @@ def report(
         f"{config.vocab_size:,}, with its MTP module: {nbytes / 1e9:.2f} GB in bfloat16, written in {made:,.0f} s; the "
         f"largest tensor has {largest / 1e6:,.0f} MB. It goes to block-fp8 and back by `cavelight convert`, audit "
         "included, each way once undisturbed and once killed with SIGKILL and continued by the same command.",
-        "| | seconds | of a core | MB/s read and written | of a plain copy's rate | peak memory, MB | over all calls |\n"
+        "| | seconds | of a core | MB/s read and written | of a plain copy's rate | peak memory, MB | of all calls |\n"
         "|---|--:|--:|--:|--:|--:|--:|\n" + "\n".join(rows),
         f"The plain copy reads and writes the bfloat16 checkpoint in the same run: {copied / 1e6:,.0f} MB/s. Bytes "
         "count once read and once written; the audit reads the output once more, which is in the seconds and not in "

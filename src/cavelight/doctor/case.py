@@ -14,6 +14,8 @@ from cavelight.spec.formats import PLAIN, Format
 from cavelight.weights.headers import Entry, read_headers
 from cavelight.weights.names import HFTensor, hf_tensors
 
+MOST_MATRICES = 10**6  # experts of all layers
+
 
 @dataclass(frozen=True)
 class Case:
@@ -60,7 +62,7 @@ def open_case(folder: Path) -> Case:
     config, form, entries = None, None, None
     try:
         raw = _raw(folder)
-        config = ModelConfig.read(folder)
+        config = _of_a_size(ModelConfig.read(folder))
     except UserError as refusal:
         refusals["config"] = refusal
     try:
@@ -81,6 +83,18 @@ def _raw(folder: Path) -> Mapping[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return raw if isinstance(raw, dict) else {}
+
+
+def _of_a_size(config: ModelConfig) -> ModelConfig:
+    """The configuration, unless listing its tensors would take all memory: a full-size V3 has 46,183."""
+    count = config.num_layers_with_mtp * (config.n_routed_experts or 1)
+    if count > MOST_MATRICES:
+        raise UserError(
+            "config.json describes a model larger than any",
+            got=f"{config.num_layers_with_mtp:.6g} layers of {config.n_routed_experts or 1:.6g} experts",
+            do="put back the original config.json",
+        )
+    return config
 
 
 def _section(raw: Mapping[str, Any], key: str) -> Mapping[str, Any] | None:

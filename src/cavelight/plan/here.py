@@ -23,8 +23,10 @@ Dtype = Literal["float32", "bfloat16"]
 
 # As the program has them; tests hold these numbers to the code's own.
 EVALUATED_AT_ONCE, LOGITS_AT_ONCE = 4096, 512  # train.evaluate: tokens of a batch, and of the head
+DECODING_RUNTIME = 340 * 10**6
 RUNTIME = 365 * 10**6  # Python, torch's libraries as far as they are touched, threads: measured by bench/memory.py
 HOLES = 0.0
+CHUNK, ROOM = 512, 256  # run.generate: prompt tokens at once; new ones that the cache has room for at first
 ROW_MULTIPLE, ROWS_TO_PAD = 64, 64  # kernels.experts: an expert's rows are padded in bfloat16 from so many tokens on
 
 
@@ -210,3 +212,61 @@ class _Counter:
 
 def _width(dtype: Dtype) -> int:
     return 2 if dtype == "bfloat16" else 4
+
+
+def decoding_here(
+    config: ModelConfig,
+    *,
+    prompt: int,
+    new: int,
+    dtype: Dtype = "float32",
+    stored: Dtype | None = None,
+    settles: bool | None = None,
+    runtime: int = DECODING_RUNTIME,
+) -> Memory:
+    """The peak of `cavelight generate`: `prompt` tokens in chunks, then `new` ones.
+
+    stored: the checkpoint's numbers, where they differ. settles: whether near-ties are computed anew, in a cache of
+    their own; greedy float32 decoding of a model with prediction modules does so unless told.
+    """
+    b = _width(dtype)
+    weights = sum((4 if p.dtype == "float32" else b) * p.size for p in parameters(config))
+    row = b * config.num_layers_with_mtp * config.cache_width
+    settles = b == 4 and config.num_nextn_predict_layers > 0 if settles is None else settles
+    chunks = ((min(CHUNK, prompt - start), min(start + CHUNK, prompt)) for start in range(0, prompt, CHUNK))
+    before, after = _capacities(config, prompt, new)
+    phases = {
+        "loading": {"read": config.vocab_size * config.hidden_size * _width(stored or dtype)},
+        "prefill": {
+            "cache": row * (prompt + min(new, ROOM)),
+            "activations": max(_chunk_bytes(config, T, S, b) for T, S in chunks),
+        },
+        "decoding": {"cache": row * (before + after), "cache of settlements": row * (prompt + new) * settles},
+    }
+    where = max(phases, key=lambda phase: sum(phases[phase].values()))
+    return Memory({"weights": weights, **phases[where], "runtime": runtime}, where)
+
+
+def _capacities(config: ModelConfig, prompt: int, new: int) -> tuple[int, int]:
+    """Rows of the cache before and after it last grew; both are there while it does. 0 before, where it never does."""
+    before, after = 0, prompt + min(new, ROOM)
+    need = min(prompt + new, config.max_position_embeddings)
+    while after < need:
+        before, after = after, min(2 * after, config.max_position_embeddings)
+    return before, after
+
+
+def _chunk_bytes(config: ModelConfig, T: int, S: int, b: int) -> int:
+    """The most that a layer takes for T tokens of a prompt that look at S rows, the form of attention as it is picked."""
+    c = config
+    H, N, R, U, C = c.num_attention_heads, c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim, c.kv_lora_rank
+    W, L = max(N + R, U), C + R
+    queries = b * T * H * (N + 2 * R)
+    if absorbed_is_cheaper(T, S, H, N, R, U, C):
+        attention = queries + b * T * H * (C + L) + (8 if b == 4 else 10) * T * H * S
+    else:
+        raised = b * S * H * (N + U + W + (W if U < W else 0) + (W if N + R < W else 0))
+        attention = queries + b * T * H * (N + R + W) + raised + (T * S * (2 + b) if 1 < T < S else 0)
+    stream = 3 * b * T * c.hidden_size
+    count = _Counter(config, T, b)
+    return max(stream + attention, *(count.passing(layer) for layer in range(c.num_hidden_layers)))

@@ -164,6 +164,9 @@ def _check_copy(job: Job, crcs: Mapping[str, int]) -> None:
 
 def _write_rest(source: Checkpoint, work: Worklist, folder: Path) -> tuple[list[str], list[str]]:
     """All files but the weights. Returns the names of those taken over, and of those left behind."""
+    for file in folder.iterdir():
+        if file.name not in {shard.file for shard in work.shards}:  # of a call that ended here
+            file.unlink()
     files = {path.name: path for path in sorted(source.folder.iterdir()) if not path.name.startswith(".")}
     code = _code_of(source.raw.get("auto_map"))
     keeps_code = bool(code) and all(name in files for name in code)
