@@ -39,10 +39,10 @@ def of_sound() -> tuple[Finding, ...]:
 
 def test_a_model_read_as_it_was_trained_passes() -> None:
     assert [finding.check for finding in of_sound() if finding.verdict != "pass"] == []
-    assert {finding.check for finding in of_sound()} >= {"rope-pairing", "group-limit", "gate-weights", "routed-scale"}
+    assert {finding.check for finding in of_sound()} >= {"rope-pairing", "group-limit-read", "gate-weights", "routed-scale"}
     by_check = {finding.check: finding for finding in of_sound()}
     assert by_check["rope-pairing"].value["readings"]["rotary queries in halves"]["saved"] < -0.5
-    assert by_check["routing-bias"].value["readings"]["routing biases of zero"]["saved"] < -0.02
+    assert by_check["routing-bias-read"].value["readings"]["routing biases of zero"]["saved"] < -0.02
     assert "costs" in by_check["rope-pairing"].sentence
     assert "makes no difference" in by_check["norm-eps"].sentence
 
@@ -84,8 +84,8 @@ YARN = tiny(rope_scaling=yarn(16)).rope_scaling
 SPOILT = {
     "rotary rows in halves": Spoilt(with_halves, {}, "rope-pairing", 1, "rotary queries and keys in halves"),
     "another theta": Spoilt(None, {"rope_theta": 100.0}, "rope-theta", None, "rope_theta 10000"),
-    "yarn": Spoilt(None, {"rope_scaling": YARN}, "yarn", 2, "rope_scaling does not belong to these weights"),
-    "biases": Spoilt(with_other_biases, {}, "routing-bias", 5, "routing biases of zero"),
+    "yarn": Spoilt(None, {"rope_scaling": YARN}, "yarn-read", 2, "rope_scaling does not belong to these weights"),
+    "biases": Spoilt(with_other_biases, {}, "routing-bias-read", 5, "routing biases of zero"),
     "scaling factor": Spoilt(None, {"routed_scaling_factor": 1.25}, "routed-scale", 4, "routed_scaling_factor 2.5"),
     "shared experts": Spoilt(
         with_larger_shared_experts, {}, "shared-scale", 4, "shared experts' down_proj is off by a factor of 0.4"

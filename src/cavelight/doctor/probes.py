@@ -143,7 +143,7 @@ def _rotary_probes(config: ModelConfig) -> Iterator[Probe]:
 
 
 def _yarn_probes(config: ModelConfig) -> Iterator[Probe]:
-    yarn, check = config.rope_scaling, "yarn"
+    yarn, check = config.rope_scaling, "yarn-read"
     if yarn is None:
         do = "rope_scaling seems to be missing from config.json"
         yield _configured(check, 2, "YaRN as DeepSeek-V3 has it", do, rope_scaling=V3_YARN)
@@ -163,12 +163,12 @@ def _yarn_probes(config: ModelConfig) -> Iterator[Probe]:
 def _choice_probes(config: ModelConfig) -> Iterator[Probe]:
     if config.topk_method == "noaux_tc":
         do = "e_score_correction_bias is not the one that these weights were trained with"
-        yield Probe("routing-bias", 5, "routing biases of zero", _unbiased, do)
+        yield Probe("routing-bias-read", 5, "routing biases of zero", _unbiased, do)
     if config.topk_method != "greedy" and config.n_group > 1:
-        yield _configured("group-limit", 3, "no limit to groups", n_group=1, topk_group=1)
+        yield _configured("group-limit-read", 3, "no limit to groups", n_group=1, topk_group=1)
     if config.topk_method == "noaux_tc" and config.n_group > 1:
         do = "the groups' scores are not those of noaux_tc"
-        yield _configured("group-limit", 3, "groups by their best expert", do, topk_method="group_limited_greedy")
+        yield _configured("group-limit-read", 3, "groups by their best expert", do, topk_method="group_limited_greedy")
 
 
 def _weight_probes(config: ModelConfig) -> Iterator[Probe]:

@@ -21,7 +21,7 @@ ALIKE = 1e-3  # relative: two computations of the same thing differ by less, two
 
 @dataclass(frozen=True)
 class Suspicion:
-    """A number in docs/traps.md, or None, and what the other side seems to do."""
+    """A number in docs/doctor.md, or None, and what the other side seems to do."""
 
     trap: int | None
     why: str

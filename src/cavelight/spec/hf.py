@@ -153,13 +153,13 @@ def _take_rope(left: dict[str, Any], fields: dict[str, Any], problems: list[str]
 
 
 def _yarn_fields(where: str, value: Mapping[str, Any], problems: list[str]) -> dict[str, Any] | None:
-    kinds = {kind for kind in (value.get("type"), value.get("rope_type")) if kind is not None} or {"default"}
+    kinds = {str(kind) for kind in (value.get("type"), value.get("rope_type")) if kind is not None} or {"default"}
     if kinds == {"default"}:
+        if value.get("factor") not in (None, 1):
+            problems.append(f"{where} has a factor ({value['factor']!r}) but is not of type yarn: positions would not be stretched")
         return None
     if kinds != {"yarn"}:
-        problems.append(
-            f"{where} has type {' and '.join(sorted(map(str, kinds)))}, but only yarn and default are known"
-        )
+        problems.append(f"{where} has type {' and '.join(sorted(kinds))}, but only yarn and default are known")
         return None
     known = {key: value[key] for key in _YARN_KEYS if value.get(key) is not None}
     for key in value.keys() - {"type", "rope_type", "rope_theta", *_YARN_KEYS}:

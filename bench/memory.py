@@ -1,0 +1,271 @@
+"""The planner's memory against measured runs: the peak of resident memory of `train` and of `generate`, small models.
+
+python -m bench.memory writes docs/results/memory.md. Each run is a process of its own (bench.peak). A run with next to
+no model measures what the program itself takes on this machine; predictions add that figure and nothing else measured
+here. --only NAME runs a part of the cases and prints the table.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from bench.provenance import ROOT, commit, leave_with, processor
+from cavelight.disk import file_beside
+from cavelight.plan.here import HOLES, Dtype, decoding_here, training_here
+from cavelight.plan.memory import Memory
+from cavelight.spec.config import ModelConfig
+from cavelight.spec.cost import total_parameters
+from cavelight.spec.presets import preset
+
+BOUND = 0.10
+DOCUMENTS, DOCUMENT_CHARACTERS, VOCABULARY = 40, 6000, 512
+MAKE_CHECKPOINT = """
+import json, sys, torch
+from cavelight.data.tokenizer import Tokenizer
+from cavelight.model.transformer import Transformer
+from cavelight.spec.config import ModelConfig
+from cavelight.train.optim import initialise
+from cavelight.weights.snapshot import write_checkpoint
+folder, tokenizer, dtype, config = sys.argv[1:]
+model = Transformer(ModelConfig.from_hf(json.loads(config)), getattr(torch, dtype))
+initialise(model, 0.02, seed=0)
+write_checkpoint(model, folder, Tokenizer.load(tokenizer))
+"""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run to measure: a preset with changes, in some number format."""
+
+    name: str
+    preset: str = "small"
+    changes: dict[str, Any] = field(default_factory=dict)
+    dtype: Dtype = "float32"
+
+    @property
+    def config(self) -> ModelConfig:
+        return preset(self.preset).replace(eos_token_id=None, **self.changes)
+
+
+@dataclass(frozen=True)
+class Training(Case):
+    """`rows` of `row` tokens a step, `micro` of them at once on each of `threads`."""
+
+    row: int = 256
+    rows: int = 4
+    micro: int = 4
+    threads: int = 2
+
+    @property
+    def settings(self) -> str:
+        return f"{self.rows} rows of {self.row}, {self.micro} at once, {self.threads} threads"
+
+    def predicted(self, runtime: int) -> Memory:
+        return training_here(
+            self.config,
+            row=self.row,
+            rows=self.rows,
+            micro_rows=self.micro,
+            threads=self.threads,
+            dtype=self.dtype,
+            runtime=runtime,
+        )
+
+
+@dataclass(frozen=True)
+class Decoding(Case):
+    """A prompt of about `characters` characters and `new` tokens after it; `load` as --dtype."""
+
+    characters: int = 40
+    new: int = 8
+    load: Dtype | None = None
+    without_mtp: bool = False
+
+    def predicted(self, runtime: int, prompt: int, new: int) -> Memory:
+        config = self.config.replace(num_nextn_predict_layers=0) if self.without_mtp else self.config
+        dtype = self.load or self.dtype
+        return decoding_here(config, prompt=prompt, new=new, dtype=dtype, stored=self.dtype, runtime=runtime)
+
+
+LONG = {"max_position_embeddings": 32_768}
+FEW = {"num_hidden_layers": 4}
+TRAINING = (
+    Training("logits", "demo", {"vocab_size": 16_384}, rows=8, micro=8),
+    Training("small models side by side", "demo", rows=16, micro=8),
+    Training("one micro-batch"),
+    Training("four micro-batches, two at once", micro=1),
+    Training("four, one after another", micro=1, threads=1),
+    Training("long rows, no MTP", changes={"num_nextn_predict_layers": 0}, row=512),
+    Training("one long row", changes={"num_hidden_layers": 3, "num_nextn_predict_layers": 0}, row=1024, rows=1, micro=1),
+    Training("many parameters, few tokens", changes={"num_hidden_layers": 12, "vocab_size": 16_384}, row=64, rows=2, micro=2),
+    Training("many small experts", changes={**FEW, "hidden_size": 256, "n_routed_experts": 64}, rows=2, micro=2),
+    Training("bfloat16", changes=FEW, dtype="bfloat16", row=128),
+    Training("bfloat16, two at once", changes=FEW, dtype="bfloat16", row=128, micro=2),
+)
+DECODING = (
+    Decoding("float32", changes=LONG, characters=4000),
+    Decoding("bfloat16", changes=LONG, characters=4000, dtype="bfloat16"),
+    Decoding("bfloat16 read as float32", changes=LONG, characters=400, dtype="bfloat16", load="float32"),
+    Decoding("large vocabulary, loading", changes={"vocab_size": 65_536}, characters=100),
+    Decoding("without its MTP module", changes=LONG, characters=4000, new=64, without_mtp=True),
+    Decoding("many heads, long prompt", "demo", {**LONG, "num_attention_heads": 16}, characters=16_000),
+    Decoding("a cache that grows", "demo", {**LONG, "num_hidden_layers": 12, "kv_lora_rank": 512}, characters=6000, new=300),
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    case: Case
+    settings: str
+    memory: Memory
+    measured: int
+
+    @property
+    def error(self) -> float:
+        return self.memory.total / self.measured - 1
+
+
+class Bench:
+    """Runs commands in `scratch`, with a small corpus and a tokenizer of its own."""
+
+    def __init__(self, scratch: Path) -> None:
+        self.scratch = scratch
+        self.corpus, self.tokenizer = scratch / "corpus", scratch / "tokenizer"
+        self.corpus.mkdir()
+        self.text = ""
+        for number, source in enumerate(sorted(Path(os.__file__).parent.glob("*.py"))[:DOCUMENTS]):
+            text = source.read_text(encoding="utf-8")[:DOCUMENT_CHARACTERS]
+            (self.corpus / f"{number:02}.txt").write_text(text, encoding="utf-8")
+            self.text += text
+        small = Training("tokenizer", "nano", {"vocab_size": VOCABULARY}, row=16, rows=1, micro=1)
+        self.train(small)  # trains the tokenizer on its way
+        (self.run_folder / "model").rename(self.tokenizer)
+        self.training_runtime = self.train(small) - small.predicted(0).total
+        _, self.decoding_runtime = self.decode(Decoding("baseline", "nano", new=2), 0)
+
+    @property
+    def run_folder(self) -> Path:
+        return self.scratch / "run"
+
+    def train(self, case: Training) -> int:
+        """Peak bytes of a few steps."""
+        recipe = self.scratch / "recipe.toml"
+        recipe.write_text(f'[model]\npreset = "{case.preset}"\n', encoding="utf-8")
+        changes = {f"model.{key}": value for key, value in case.changes.items()} | {
+            "data.corpus": self.corpus,
+            "data.row_length": case.row,
+            "train.rows_per_step": case.rows,
+            "train.rows_per_microbatch": case.micro,
+            "train.dtype": case.dtype,
+            "train.steps": 3,
+        }
+        if self.tokenizer.exists():
+            changes["data.tokenizer"] = self.tokenizer
+        told = [part for key, value in changes.items() for part in ("--set", f"{key}={value}")]
+        self.command("rm", "-rf", self.run_folder)
+        _, peak = self.measured(case.threads, "train", recipe, "--json", "--out", self.run_folder, *told)
+        return peak
+
+    def decode(self, case: Decoding, runtime: int) -> tuple[Row, int]:
+        """The case's row, and by how many bytes the run was larger than predicted."""
+        folder = self.scratch / "checkpoint"
+        self.command("rm", "-rf", folder)
+        config = json.dumps(case.config.to_hf())
+        self.command(sys.executable, "-c", MAKE_CHECKPOINT, folder, self.tokenizer, case.dtype, config)
+        more = ["--dtype", case.load] if case.load else []
+        more += ["--without-mtp"] if case.without_mtp else []
+        told = ["generate", folder, "--json", "--max-new-tokens", case.new, *more, "-p", self.text[: case.characters]]
+        output, peak = self.measured(2, *told)
+        stats = json.loads(output.splitlines()[-1])["stats"]
+        prompt, new = stats["prompt_tokens"], stats["new_tokens"]
+        memory = case.predicted(runtime, prompt, new)
+        return Row(case, f"prompt of {prompt:,}, {new} new", memory, peak), peak - memory.total
+
+    def measured(self, threads: int, *arguments: object) -> tuple[str, int]:
+        """Output and peak bytes of a command of ours."""
+        done = self.command(sys.executable, "-m", "bench.peak", *arguments, threads=threads)
+        return done.stdout, int(done.stderr.splitlines()[-1])
+
+    def command(self, *arguments: object, threads: int = 2) -> subprocess.CompletedProcess[str]:
+        own = {"OMP_NUM_THREADS": str(threads), "CAVELIGHT_CACHE": str(self.scratch / "cache")}
+        path = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
+        environment = os.environ | own | {"PYTHONPATH": path}
+        words = [str(argument) for argument in arguments]
+        return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Predicted and measured peaks of memory.")
+    parser.add_argument("--out", type=Path, default=Path("docs/results"), help="where the page goes")
+    parser.add_argument("--only", metavar="TEXT", help="only cases whose name holds this; writes no page")
+    options = parser.parse_args(arguments)
+    with TemporaryDirectory() as scratch:
+        bench = Bench(Path(scratch))
+        rows = list(measure(bench, options.only or ""))
+    if options.only is None:
+        page = options.out / "memory.md"
+        called = list(sys.argv[1:] if arguments is None else arguments)
+        with file_beside(page) as beside:
+            beside.write_text(report(rows, bench, called), encoding="utf-8")
+        print(f"wrote {page}")
+    return int(any(abs(row.error) > BOUND for row in rows))
+
+
+def measure(bench: Bench, only: str) -> Iterator[Row]:
+    print(f"programs alone: train {bench.training_runtime:,} B, generate {bench.decoding_runtime:,} B", flush=True)
+    for case in (*TRAINING, *DECODING):
+        if only not in case.name:
+            continue
+        if isinstance(case, Training):
+            row = Row(case, case.settings, case.predicted(bench.training_runtime), bench.train(case))
+        else:
+            row, _ = bench.decode(case, bench.decoding_runtime)
+        print(line(row), flush=True)
+        yield row
+
+
+def line(row: Row) -> str:
+    model = f"{total_parameters(row.case.config, mtp=True) / 1e6:.0f}M, {row.case.dtype}"
+    predicted, measured = row.memory.total / 1e6, row.measured / 1e6
+    return f"| {row.case.name} | {model} | {row.settings} | {predicted:,.0f} | {measured:,.0f} | {row.error:+.1%} |"
+
+
+def report(rows: Sequence[Row], bench: Bench, called: Sequence[str]) -> str:
+    head = "| case | model | settings | predicted, MB | measured, MB | error |\n|---|---|---|--:|--:|--:|\n"
+    tables = [
+        head + "\n".join(line(row) for row in rows if isinstance(row.case, kind)) for kind in (Training, Decoding)
+    ]
+    worst = max(abs(row.error) for row in rows)
+    lines = [
+        "# Memory, predicted and measured",
+        "The peak of resident memory of `cavelight train` (three steps, the evaluation at the end, saving) and of "
+        "`cavelight generate`, each run in a process of its own, against `plan/here.py`. What is counted and how "
+        "stands in [the planner's page](../plan.md).",
+        f"Of all {len(rows)} runs the worst is off by {worst:.1%}, {'within' if worst <= BOUND else 'NOT within'} the "
+        f"{BOUND:.0%} that we ask for.",
+        f"Taken from this machine: what the programs take with next to no model, {bench.training_runtime / 1e6:.0f} MB "
+        f"for train and {bench.decoding_runtime / 1e6:.0f} MB for generate (Python, torch's libraries as far as they "
+        f"are touched, threads, corpus). Fitted once, for all runs alike: the share of a gradient's size that the C "
+        f"library's heap loses to holes, {HOLES:g} for each micro-batch under way. All else is counted.",
+        "## Training",
+        tables[0],
+        "## Decoding",
+        tables[1],
+        f"Command: `{shlex.join(['python', '-m', 'bench.memory', *called])}`  \nCommit: {commit()}  \n"
+        f"Machine: {processor()}, {os.cpu_count()} cores, {' '.join(os.confstr('CS_GNU_LIBC_VERSION').split())}"
+        if hasattr(os, "confstr")
+        else "",
+    ]
+    return "\n\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    leave_with(main)
