@@ -1,8 +1,8 @@
 """A large checkpoint through conversion: memory, rate, and what SIGKILL does to it.
 
-python -m bench.conversion --gigabytes 10 makes a synthetic checkpoint of that size, converts it bf16 -> fp8 -> bf16 by
-the command, each way once undisturbed and once killed at five random moments and continued, compares the two results
-byte by byte, and writes docs/results/conversion.md.
+python -m bench.conversion --gigabytes 10 makes a synthetic checkpoint of that size and converts it by the command: bf16
+to fp8, that to bf16, and bf16 to bf16, which is copied. Each is done once undisturbed and once killed at five random
+moments and continued, and the two results are compared byte by byte. Writes docs/results/conversion.md.
 """
 
 import argparse
@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from bench.peak import peak_bytes
 from bench.provenance import commit, leave_with, machine
 from cavelight.disk import file_beside
 from cavelight.errors import UserError
@@ -35,6 +36,7 @@ from cavelight.weights.headers import Entry
 from cavelight.weights.names import hf_tensors
 
 KILLS = 5
+GLANCE = 0.02  # seconds between two looks at a process's memory
 COPY_BYTES = 2**24  # read and written at a time by the plain copy
 WIDE = {"vocab_size": 129280, "hidden_size": 4096, "intermediate_size": 12288, "moe_intermediate_size": 2048}
 NARROW = {"vocab_size": 32768, "hidden_size": 1024, "intermediate_size": 3072, "moe_intermediate_size": 512}
@@ -50,7 +52,7 @@ class Run:
     undisturbed one first. `processor` are the undisturbed call's seconds of processor time.
     """
 
-    to: str
+    way: str
     seconds: float
     processor: float
     bytes: int
@@ -71,8 +73,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = config_of(options.gigabytes)
         made = make(config, folder / "bf16")
         copied = plain_copy(folder / "bf16", folder / "copy")
-        runs = [go_through(folder / "bf16", folder / "fp8", "fp8", chance)]
-        runs += [go_through(folder / "fp8", folder / "back", "hf", chance)]
+        runs = [go_through("bf16 to fp8", folder / "bf16", folder / "fp8", "fp8", chance)]
+        runs += [go_through("fp8 to bf16", folder / "fp8", folder / "back", "hf", chance)]
+        shutil.rmtree(folder / "back")
+        runs += [go_through("bf16 to bf16", folder / "bf16", folder / "again", "hf", chance)]
         called = list(sys.argv[1:] if arguments is None else arguments)
         text = report(config, made, size_of(folder / "bf16"), copied, runs, called)
     finally:
@@ -136,7 +140,7 @@ def plain_copy(source: Path, target: Path) -> float:
     return done / seconds
 
 
-def go_through(source: Path, target: Path, to: str, chance: random.Random) -> Run:
+def go_through(way: str, source: Path, target: Path, to: str, chance: random.Random) -> Run:
     """Convert undisturbed, then again with kills, and compare."""
     forget(source)
     began = time.monotonic()
@@ -161,7 +165,7 @@ def go_through(source: Path, target: Path, to: str, chance: random.Random) -> Ru
     shutil.rmtree(disturbed)
     total = size_of(source) + size_of(target)
     tensors = json.loads((target / "conversion.json").read_bytes())["rules"]
-    return Run(to, seconds, processor, total, tuple(killed_at), sum(tensors.values()), tuple(peaks), same)
+    return Run(way, seconds, processor, total, tuple(killed_at), sum(tensors.values()), tuple(peaks), same)
 
 
 def convert(source: Path, target: Path, to: str, kill_after: float | None = None) -> tuple[int, float]:
@@ -171,16 +175,24 @@ def convert(source: Path, target: Path, to: str, kill_after: float | None = None
     """
     command = [sys.executable, "-m", "cavelight", "convert", str(source), str(target), "--to", to, "--json"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL if kill_after is None else subprocess.PIPE)
+    ends = float("inf")
     if process.stdout is not None and kill_after is not None:
         next((line for line in process.stdout if b'"converting"' in line), None)  # it has begun
-        time.sleep(kill_after)
-        process.send_signal(signal.SIGKILL)
+        ends = time.monotonic() + kill_after
+    peak, ended = 0, 0
+    while not ended:
+        peak = max(peak, peak_bytes(process.pid))
+        if time.monotonic() >= ends:
+            os.kill(process.pid, signal.SIGKILL)  # send_signal would collect an ended process
+            ends = float("inf")
+        time.sleep(GLANCE)
+        ended, status, usage = os.wait4(process.pid, os.WNOHANG)
+    if process.stdout is not None:
         process.stdout.close()
-    _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode != 0 and kill_after is None:
         raise UserError(f"The conversion to {to} failed", got=f"exit code {process.returncode}")
-    return usage.ru_maxrss * 1024, usage.ru_utime + usage.ru_stime
+    return peak, usage.ru_utime + usage.ru_stime
 
 
 def forget(folder: Path) -> None:
@@ -201,14 +213,13 @@ def report(
 ) -> str:
     """The page for docs/results."""
     largest = max(2 * prod(tensor.shape) for tensor in hf_tensors(config))
-    ways = {"fp8": "bf16 to fp8", "hf": "fp8 to bf16"}
     rows = [
-        f"| {ways[run.to]} | {run.seconds:,.0f} | {run.processor:,.0f} | {run.bytes / run.seconds / 1e6:,.0f} "
+        f"| {run.way} | {run.seconds:,.0f} | {run.processor:,.0f} | {run.bytes / run.seconds / 1e6:,.0f} "
         f"| {run.bytes / run.seconds / copied:.2f} | {run.peaks[0] / 1e6:,.0f} | {max(run.peaks) / 1e6:,.0f} |"
         for run in runs
     ]
     kills = [
-        f"| {ways[run.to]} | {len(run.killed_at)} | {', '.join(f'{count:,}' for count in run.killed_at)} "
+        f"| {run.way} | {len(run.killed_at)} | {', '.join(f'{count:,}' for count in run.killed_at)} "
         f"of {run.tensors:,} | {'yes' if run.same else 'NO'} |"
         for run in runs
     ]
@@ -216,8 +227,9 @@ def report(
         "# Converting a large checkpoint",
         f"A synthetic DeepSeek-V3 of {config.num_hidden_layers} layers, hidden size {config.hidden_size:,}, vocabulary "
         f"{config.vocab_size:,}, with its MTP module: {nbytes / 1e9:.2f} GB in bfloat16, written in {made:,.0f} s; the "
-        f"largest tensor has {largest / 1e6:,.0f} MB. It goes to block-fp8 and back by `cavelight convert`, audit "
-        "included, each way once undisturbed and once killed with SIGKILL and continued by the same command.",
+        f"largest tensor has {largest / 1e6:,.0f} MB. It goes to block-fp8 and back by `cavelight convert`, and to "
+        "bfloat16 as it is, which is a copy; audit included. Each is done once undisturbed, and once killed with "
+        "SIGKILL and continued by the same command.",
         "| | seconds | of a core | MB/s read and written | of a plain copy's rate | peak memory, MB | of all calls |\n"
         "|---|--:|--:|--:|--:|--:|--:|\n" + "\n".join(rows),
         f"The plain copy reads and writes the bfloat16 checkpoint in the same run: {copied / 1e6:,.0f} MB/s. Bytes "

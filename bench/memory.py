@@ -8,6 +8,7 @@ here. --only NAME runs a part of the cases and prints the table.
 import argparse
 import json
 import os
+import platform
 import shlex
 import subprocess
 import sys
@@ -15,18 +16,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, get_args
 
 from bench.provenance import ROOT, commit, leave_with, processor
 from cavelight.disk import file_beside
-from cavelight.plan.here import HOLES, Dtype, decoding_here, training_here
+from cavelight.plan.here import HOLES, decoding_here, training_here
 from cavelight.plan.memory import Memory
+from cavelight.plan.passes import Dtype
 from cavelight.spec.config import ModelConfig
 from cavelight.spec.cost import total_parameters
 from cavelight.spec.presets import preset
 
 BOUND = 0.10
-DOCUMENTS, DOCUMENT_CHARACTERS, VOCABULARY = 40, 6000, 512
+DOCUMENTS, DOCUMENT_CHARACTERS = 40, 6000
 MAKE_CHECKPOINT = """
 import json, sys, torch
 from cavelight.data.tokenizer import Tokenizer
@@ -39,6 +41,16 @@ model = Transformer(ModelConfig.from_hf(json.loads(config)), getattr(torch, dtyp
 initialise(model, 0.02, seed=0)
 write_checkpoint(model, folder, Tokenizer.load(tokenizer))
 """
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What a run reports: tokens of the prompt, new ones, near-ties computed anew; and its peak in bytes."""
+
+    prompt: int
+    new: int
+    settled: int
+    peak: int
 
 
 @dataclass(frozen=True)
@@ -89,10 +101,17 @@ class Decoding(Case):
     load: Dtype | None = None
     without_mtp: bool = False
 
-    def predicted(self, runtime: int, prompt: int, new: int) -> Memory:
+    def predicted(self, runtime: int, run: Decoded) -> Memory:
         config = self.config.replace(num_nextn_predict_layers=0) if self.without_mtp else self.config
-        dtype = self.load or self.dtype
-        return decoding_here(config, prompt=prompt, new=new, dtype=dtype, stored=self.dtype, runtime=runtime)
+        return decoding_here(
+            config,
+            prompt=run.prompt,
+            new=run.new,
+            dtype=self.load or self.dtype,
+            stored=self.dtype,
+            settles=run.settled > 0,
+            runtime=runtime,
+        )
 
 
 LONG = {"max_position_embeddings": 32_768}
@@ -104,8 +123,12 @@ TRAINING = (
     Training("four micro-batches, two at once", micro=1),
     Training("four, one after another", micro=1, threads=1),
     Training("long rows, no MTP", changes={"num_nextn_predict_layers": 0}, row=512),
-    Training("one long row", changes={"num_hidden_layers": 3, "num_nextn_predict_layers": 0}, row=1024, rows=1, micro=1),
-    Training("many parameters, few tokens", changes={"num_hidden_layers": 12, "vocab_size": 16_384}, row=64, rows=2, micro=2),
+    Training(
+        "one long row", changes={"num_hidden_layers": 3, "num_nextn_predict_layers": 0}, row=1024, rows=1, micro=1
+    ),
+    Training(
+        "many parameters, few tokens", changes={"num_hidden_layers": 12, "vocab_size": 16_384}, row=64, rows=2, micro=2
+    ),
     Training("many small experts", changes={**FEW, "hidden_size": 256, "n_routed_experts": 64}, rows=2, micro=2),
     Training("bfloat16", changes=FEW, dtype="bfloat16", row=128),
     Training("bfloat16, two at once", changes=FEW, dtype="bfloat16", row=128, micro=2),
@@ -117,7 +140,9 @@ DECODING = (
     Decoding("large vocabulary, loading", changes={"vocab_size": 65_536}, characters=100),
     Decoding("without its MTP module", changes=LONG, characters=4000, new=64, without_mtp=True),
     Decoding("many heads, long prompt", "demo", {**LONG, "num_attention_heads": 16}, characters=16_000),
-    Decoding("a cache that grows", "demo", {**LONG, "num_hidden_layers": 12, "kv_lora_rank": 512}, characters=6000, new=300),
+    Decoding(
+        "a cache that grows", "demo", {**LONG, "num_hidden_layers": 12, "kv_lora_rank": 512}, characters=6000, new=300
+    ),
 )
 
 
@@ -145,11 +170,14 @@ class Bench:
             text = source.read_text(encoding="utf-8")[:DOCUMENT_CHARACTERS]
             (self.corpus / f"{number:02}.txt").write_text(text, encoding="utf-8")
             self.text += text
-        small = Training("tokenizer", "nano", {"vocab_size": VOCABULARY}, row=16, rows=1, micro=1)
-        self.train(small)  # trains the tokenizer on its way
+        self.train(Training("trains the tokenizer on its way", "nano", row=16, rows=1, micro=1))
         (self.run_folder / "model").rename(self.tokenizer)
-        self.training_runtime = self.train(small) - small.predicted(0).total
-        _, self.decoding_runtime = self.decode(Decoding("baseline", "nano", new=2), 0)
+        self.runtimes: dict[tuple[type[Case], Dtype], int] = {}
+        for dtype in get_args(Dtype):
+            training = Training("next to no model", "nano", dtype=dtype, row=16, rows=1, micro=1)
+            self.runtimes[Training, dtype] = self.train(training)
+            decoding = Decoding("next to no model", "nano", LONG, dtype, characters=1500)
+            self.runtimes[Decoding, dtype] = self.decode(decoding).peak
 
     @property
     def run_folder(self) -> Path:
@@ -174,8 +202,8 @@ class Bench:
         _, peak = self.measured(case.threads, "train", recipe, "--json", "--out", self.run_folder, *told)
         return peak
 
-    def decode(self, case: Decoding, runtime: int) -> tuple[Row, int]:
-        """The case's row, and by how many bytes the run was larger than predicted."""
+    def decode(self, case: Decoding) -> Decoded:
+        """A run on a checkpoint made for it."""
         folder = self.scratch / "checkpoint"
         self.command("rm", "-rf", folder)
         config = json.dumps(case.config.to_hf())
@@ -185,9 +213,7 @@ class Bench:
         told = ["generate", folder, "--json", "--max-new-tokens", case.new, *more, "-p", self.text[: case.characters]]
         output, peak = self.measured(2, *told)
         stats = json.loads(output.splitlines()[-1])["stats"]
-        prompt, new = stats["prompt_tokens"], stats["new_tokens"]
-        memory = case.predicted(runtime, prompt, new)
-        return Row(case, f"prompt of {prompt:,}, {new} new", memory, peak), peak - memory.total
+        return Decoded(stats["prompt_tokens"], stats["new_tokens"], stats["settled"], peak)
 
     def measured(self, threads: int, *arguments: object) -> tuple[str, int]:
         """Output and peak bytes of a command of ours."""
@@ -220,14 +246,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def measure(bench: Bench, only: str) -> Iterator[Row]:
-    print(f"programs alone: train {bench.training_runtime:,} B, generate {bench.decoding_runtime:,} B", flush=True)
     for case in (*TRAINING, *DECODING):
         if only not in case.name:
             continue
         if isinstance(case, Training):
-            row = Row(case, case.settings, case.predicted(bench.training_runtime), bench.train(case))
+            predicted = case.predicted(bench.runtimes[Training, case.dtype])
+            row = Row(case, case.settings, predicted, bench.train(case))
         else:
-            row, _ = bench.decode(case, bench.decoding_runtime)
+            run = bench.decode(case)
+            predicted = case.predicted(bench.runtimes[Decoding, case.load or case.dtype], run)
+            row = Row(case, f"prompt of {run.prompt:,}, {run.new} new", predicted, run.peak)
         print(line(row), flush=True)
         yield row
 
@@ -243,6 +271,9 @@ def report(rows: Sequence[Row], bench: Bench, called: Sequence[str]) -> str:
     tables = [
         head + "\n".join(line(row) for row in rows if isinstance(row.case, kind)) for kind in (Training, Decoding)
     ]
+    alone = ", ".join(
+        f"{kind.__name__.lower()} in {dtype} {size / 1e6:.0f} MB" for (kind, dtype), size in bench.runtimes.items()
+    )
     worst = max(abs(row.error) for row in rows)
     lines = [
         "# Memory, predicted and measured",
@@ -250,19 +281,16 @@ def report(rows: Sequence[Row], bench: Bench, called: Sequence[str]) -> str:
         "`cavelight generate`, each run in a process of its own, against `plan/here.py`. What is counted and how "
         "stands in [the planner's page](../plan.md).",
         f"Of all {len(rows)} runs the worst is off by {worst:.1%}, {'within' if worst <= BOUND else 'NOT within'} the "
-        f"{BOUND:.0%} that we ask for.",
-        f"Taken from this machine: what the programs take with next to no model, {bench.training_runtime / 1e6:.0f} MB "
-        f"for train and {bench.decoding_runtime / 1e6:.0f} MB for generate (Python, torch's libraries as far as they "
-        f"are touched, threads, corpus). Fitted once, for all runs alike: the share of a gradient's size that the C "
-        f"library's heap loses to holes, {HOLES:g} for each micro-batch under way. All else is counted.",
+        f"{BOUND:.0%} asked for.",
+        "Taken from this machine: what the programs take with next to no model, that is Python, torch's libraries as "
+        f"far as they are touched, threads, the corpus: {alone}. Fitted once, for all runs alike: what the C library's "
+        f"heap loses to holes, {HOLES:g} of the gradients' size for each micro-batch under way. All else is counted.",
         "## Training",
         tables[0],
         "## Decoding",
         tables[1],
         f"Command: `{shlex.join(['python', '-m', 'bench.memory', *called])}`  \nCommit: {commit()}  \n"
-        f"Machine: {processor()}, {os.cpu_count()} cores, {' '.join(os.confstr('CS_GNU_LIBC_VERSION').split())}"
-        if hasattr(os, "confstr")
-        else "",
+        f"Machine: {processor()}, {os.cpu_count()} cores, {' '.join(platform.libc_ver())}",
     ]
     return "\n\n".join(lines) + "\n"
 

@@ -10,12 +10,12 @@ import sys
 from pathlib import Path
 
 
-def peak_bytes() -> int:
-    """The most resident memory that this process has had."""
-    status = Path("/proc/self/status")
+def peak_bytes(process: int | str = "self") -> int:
+    """The most resident memory that this process has had, or another one that is running."""
+    status = Path(f"/proc/{process}/status")
     found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text(encoding="utf-8")) if status.is_file() else None
-    if found:
-        return int(found[1]) * 1024
+    if found or process != "self":
+        return int(found[1]) * 1024 if found else 0
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

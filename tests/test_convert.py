@@ -183,19 +183,20 @@ def test_files_beside_the_weights(source: Path, tmp_path: Path) -> None:
     for name in (
         "tokenizer.json",
         "tiktoken.model",
+        "tokenization_x.py",
         "chat_template.jinja",
         "generation_config.json",
         "LICENSE",
         "README.md",
     ):
         (source / name).write_text(f"the {name}")
-    (source / "modeling.py").write_text("pass")
+    for name in ("modeling.py", "hf_token", "tokens.bin"):
+        (source / name).write_text("pass")
     (source / "figures").mkdir()
     report = convert(source, tmp_path / "out", FP8)
-    assert report.files == sorted(
-        ["LICENSE", "README.md", "chat_template.jinja", "generation_config.json", "tiktoken.model", "tokenizer.json"]
-    )
-    assert report.left_behind == ["figures", "modeling.py"]
+    tokenizer = ["tiktoken.model", "tokenization_x.py", "tokenizer.json"]
+    assert report.files == ["LICENSE", "README.md", "chat_template.jinja", "generation_config.json", *tokenizer]
+    assert report.left_behind == ["figures", "hf_token", "modeling.py", "tokens.bin"]
     assert (tmp_path / "out/LICENSE").read_text() == "the LICENSE"
     assert Report.read(tmp_path / "out") == report
     convert(source, tmp_path / "out", INT8)  # replaces all of it, licence and all
@@ -246,8 +247,34 @@ def test_target_and_source_are_apart(source: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(UserError, match="something other than a checkpoint"):
         convert(source, tmp_path / "notes.txt", FP8)
-    with pytest.raises(UserError, match="something other than a checkpoint"):
+    with pytest.raises(UserError, match="have to be different folders"):
         convert(source, tmp_path, FP8)
+    (tmp_path / "taken/my.safetensors").mkdir(parents=True)  # a folder, whatever its name
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for target in (tmp_path / "taken", tmp_path / "loop"):
+        with pytest.raises(UserError, match=r"something other than a checkpoint. Got: (my.safetensors|loop)"):
+            convert(source, target, FP8)
+
+
+def test_what_the_source_is_a_view_of_is_not_replaced(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "view").mkdir()
+    for file in source.iterdir():
+        (tmp_path / "view" / file.name).symlink_to(file)
+    with pytest.raises(UserError, match="have to be different folders"):
+        convert(tmp_path / "view", source, INT4)
+
+
+def test_where_a_disk_is_mounted_nothing_is_begun(source: Path) -> None:
+    with pytest.raises(UserError, match="where a disk is mounted"):
+        convert(source, Path("/dev"), FP8)
+
+
+def test_scales_in_a_wider_dtype_are_the_same_scales(source: Path, tmp_path: Path) -> None:
+    convert(source, tmp_path / "int4", INT4)
+    report = convert(tmp_path / "int4", tmp_path / "out", INT4, dtype=torch.float32)
+    assert report.rules["copied"] == 50 and "requantised" not in report.rules
+    before, after = tensors_of(tmp_path / "int4"), tensors_of(tmp_path / "out")
+    assert all(torch.equal(after[DOWN + part], before[DOWN + part]) for part in ("_packed", "_scale"))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -274,8 +301,12 @@ def test_numbers_too_large_for_float16(source: Path, tmp_path: Path) -> None:
     tensor = weights()[DOWN].clone()
     tensor[5, 7] = -70_000.0
     change(source, **{DOWN.replace(".", "__"): tensor})
-    with pytest.raises(UserError, match=rf"{DOWN} does not fit float16. Got: values up to 70,\d+; .* 65,504"):
-        convert(source, tmp_path / "out", PLAIN, dtype=torch.float16)
+    convert(source, tmp_path / "fp8", FP8)
+    for folder in (source, tmp_path / "fp8"):
+        with pytest.raises(UserError, match=rf"{DOWN} does not fit float16. Got: values up to 7[01],\d+; .* 65,504"):
+            convert(folder, tmp_path / f"{folder.name}-16", PLAIN, dtype=torch.float16)
+        with pytest.raises(UserError, match=f"{DOWN} holds numbers that are not finite. Got: 1 of .* as float16"):
+            read_checkpoint(folder, torch.float16)
 
 
 def test_a_copy_that_is_none(source: Path, tmp_path: Path) -> None:
@@ -335,6 +366,9 @@ def test_the_command(source: Path, tmp_path: Path) -> None:
         (["--to", "int4", "--group", "20"], "20 weights cannot share a scale"),
         (["--shard-size", "4 apples"], "'4 apples' is no size of a file"),
         (["--shard-size", "0"], "'0' is no size of a file"),
+        (["--shard-size", "9" * 400], "is no size of a file"),
+        (["--to", "int8", "--group", "64"], "--to int8 has no groups"),
+        (["--to", "int4", "--scale-fmt", "ue8m0"], "--to int4 has none of them"),
     ],
 )
 def test_mistakes_on_the_command_line(source: Path, tmp_path: Path, options: list[str], says: str) -> None:

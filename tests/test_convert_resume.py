@@ -193,6 +193,61 @@ def test_a_disk_that_fills_up(source: Path, tmp_path: Path, monkeypatch: pytest.
     assert isinstance(told[0], Phase) and told[0].done > 100_000
 
 
+def test_what_a_disk_would_not_keep_is_not_in_the_journal(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sync, failed = journal._sync, False
+
+    def fails_once(path: Path) -> None:  # as disks do that find out late that they are full
+        nonlocal failed
+        if path.suffix == ".safetensors" and not failed:
+            failed = True
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(path)
+
+    monkeypatch.setattr(journal, "_sync", fails_once)
+    with pytest.raises(UserError, match="disk is full"):
+        convert(source, tmp_path / "out", FP8)
+    assert journal_of(tmp_path / "out").read_bytes().count(b"\n") == 1
+    convert(source, tmp_path / "out", FP8)
+
+
+def test_a_volume_that_cannot_be_moved(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace = os.replace
+
+    def busy(old: Path, new: Path) -> None:
+        if Path(old) == tmp_path / "out":
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        replace(old, new)
+
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(os, "replace", busy)
+    with pytest.raises(UserError, match=r"cannot be replaced.*volume.*move .*\.out\.converting/model"):
+        convert(source, tmp_path / "out", FP8)
+    assert read_checkpoint(folder_of(tmp_path / "out") / "model")
+
+
+def test_the_checkpoint_that_was_being_replaced_is_named_before_a_folder_is_to_be_deleted(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    convert(source, tmp_path / "out", INT8)
+    replace = os.replace
+
+    def killed(old: Path, new: Path) -> None:
+        if Path(old).name == "model":
+            raise KeyboardInterrupt
+        replace(old, new)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", killed)
+        convert(source, tmp_path / "out", FP8)
+    with pytest.raises(UserError, match=r"move .*/replaced away, the checkpoint that stood here before, then delete"):
+        convert(source, tmp_path / "out", PLAIN)
+    assert Checkpoint(folder_of(tmp_path / "out") / "replaced").format == INT8
+    convert(source, tmp_path / "out", FP8)
+    assert Checkpoint(tmp_path / "out").format == FP8 and not folder_of(tmp_path / "out").exists()
+
+
 # The audit
 
 

@@ -231,6 +231,14 @@ def test_pictures_lie_beside_the_page(tmp_path: Path, checkpoint: Checkpoint, co
     assert list(tmp_path.iterdir()) == [out]
 
 
+def test_names_of_checkpoints_are_words_not_formulas_or_tags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(style, "DOTS_PER_INCH", 20)
+    monkeypatch.setattr("cavelight.see.look.is_drawn", lambda figure: False)  # they are seen above
+    name = r"$\frac$ --><script>alert(1)<img src=x>"
+    page = look(written(tmp_path / name, FULL, random_weights(FULL)), tmp_path / "out").read_text(encoding="utf-8")
+    assert "alert(1)" in page and "<script>alert" not in page and "<img src=x" not in page
+
+
 def test_many_layers_and_experts_keep_their_words_apart(tmp_path: Path, coarse: list[str]) -> None:
     names = (*(f"layer {n}" for n in range(3, 61)), "MTP")
     experts = tuple(str(e) for e in range(384))
@@ -277,6 +285,15 @@ def test_no_folder_of_others_is_replaced(tmp_path: Path, checkpoint: Checkpoint)
         (mine / name).unlink()
     with pytest.raises(UserError, match="something other than the pictures"):
         look(checkpoint, checkpoint.folder)
+    (mine / "look.json").write_text('{"figures": [{"key": "bias"}]}')
+    (mine / "bias.png").write_text("an earlier look's")
+    (mine / "holiday.png").write_text("precious")
+    with pytest.raises(UserError, match=r"holiday\.png"):
+        look(checkpoint, mine)
+    (mine / "holiday.png").unlink()
+    (mine / "look.json").write_text("[]")
+    with pytest.raises(UserError, match=r"bias\.png"):
+        look(checkpoint, mine)
     (tmp_path / "file").write_text("no folder")
     for place in (tmp_path / "file", tmp_path / "file" / "inside" / "deep"):
         with pytest.raises(UserError, match=r"something other|cannot be written"):

@@ -12,6 +12,7 @@ from cavelight.plan.devices import table
 from cavelight.plan.plans import fits_on
 from cavelight.plan.table import amount_of
 from cavelight.see.plan_picture import draw_plan
+from cavelight.spec.formats import FP8, INT4, INT8
 from cavelight.spec.presets import preset
 
 REPORT = "dp=128,ep=64,pp=16,zero=1,recompute=selective,schedule=dualpipe"
@@ -70,16 +71,37 @@ def test_too_few_devices_are_planned_and_told_what_helps(capsys: pytest.CaptureF
     assert not told(capsys, replace(TRAIN, count=128, batch=1024))["training"]["fits"]
 
 
+@pytest.mark.parametrize("columns", [80, 100])
+@pytest.mark.parametrize("model", ["deepseek-v3", "demo"])
 @pytest.mark.parametrize("options", [PlanOptions(context="128k"), SERVE, TRAIN, replace(SERVE, count=4)])
-def test_screens_of_a_hundred_columns(
-    options: PlanOptions, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_screens_lose_nothing(
+    options: PlanOptions, model: str, columns: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "100")
-    plan("deepseek-v3", options, as_json=False)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    plan(model, options, as_json=False)
     shown = capsys.readouterr().out
-    assert max(map(len, shown.splitlines())) <= 100
+    assert max(map(len, shown.splitlines())) <= columns
     assert "…" not in shown
     assert ("what to change first" in shown) == (options.device is not None)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 40])
+def test_a_batch_is_planned_as_told(batch: int, capsys: pytest.CaptureFixture[str]) -> None:
+    found = told(capsys, replace(SERVE, context="8k", batch=batch))["serving"]
+    assert found["sequences"] == batch
+    assert found["busy"]["tokens_per_second"] == pytest.approx(batch * found["busy"]["per_user"])
+    busiest = told(capsys, replace(SERVE, context="8k"))["serving"]
+    assert found["busy"]["per_user"] > busiest["busy"]["per_user"]
+
+
+def test_a_checkpoint_is_planned_as_it_is_stored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "config.json"
+    for form, stored in ((FP8, "fp8"), (INT8, "int8"), (INT4, "int4")):
+        raw = preset("deepseek-v2-lite").to_hf() | {"quantization_config": form.quantization_config()}
+        file.write_text(json.dumps(raw), encoding="utf-8")
+        assert told(capsys, PlanOptions(device="A100-80GB"), str(tmp_path))["serving"]["format"] == stored
+    file.write_text(json.dumps(raw | {"quantization_config": {"quant_method": "gptq"}}), encoding="utf-8")
+    assert told(capsys, PlanOptions(device="A100-80GB"), str(tmp_path))["serving"]["format"] == "bf16"
 
 
 def test_this_projects_own_machine(capsys: pytest.CaptureFixture[str]) -> None:
@@ -107,6 +129,10 @@ def test_other_models(name: str, capsys: pytest.CaptureFixture[str]) -> None:
         (replace(SERVE, acceptance=1.5), "--acceptance is a share"),
         (replace(TRAIN, utilisation=0.0), "a share above 0"),
         (replace(SERVE, count=0), "--count is at least 1"),
+        (replace(SERVE, price=float("nan")), "That is no price"),
+        (replace(SERVE, price=-1.0), "That is no price"),
+        (replace(SERVE, layout="dp=16,ep=16,zero=1"), "serving has no zero"),
+        (PlanOptions(device="cpu"), "Up to 1 x CPU-2-cores"),
         (replace(SERVE, layout="dp=3,ep=3"), "does not divide 256 experts"),
         (replace(SERVE, layout="dp=8,ep=8", count=16), "--count 8"),
         (replace(SERVE, batch=10**6), "So many sequences do not fit"),

@@ -36,6 +36,7 @@ def test_layouts_read_as_they_print(text: str) -> None:
         ("dp", "whole number"),
         ("dp=0", "whole number"),
         ("dp=-1", "whole number"),
+        ("dp=99999999999,ep=77777777777", "whole number"),
         ("dp=2,dp=2", "dp is told twice"),
         ("recomputed=full", r"did you mean recompute\?"),
         ("zero=2", "one of 0, 1, 3"),
@@ -160,7 +161,13 @@ def test_the_reports_table_of_schedules(
 
 
 def test_a_step_is_work_and_bubble() -> None:
-    assert step_seconds("1f1b", 1, CHUNK, 8) == 24.0
-    assert step_seconds("1f1b", 16, CHUNK, 8) == pytest.approx(24.0 + 45.0)
-    assert step_seconds("dualpipe", 16, CHUNK, 8) == pytest.approx(20.0 + 14.7)
-    assert step_seconds("dualpipev", 16, CHUNK, 8) == pytest.approx(40.0 + 14.7)  # half the devices
+    assert step_seconds("1f1b", 1, CHUNK, 8) == (24.0, 0.0)
+    assert step_seconds("1f1b", 16, CHUNK, 8) == pytest.approx((24.0, 45.0))
+    assert step_seconds("dualpipe", 16, CHUNK, 32) == pytest.approx((80.0, 14.7))
+    assert step_seconds("dualpipev", 16, CHUNK, 32) == pytest.approx((160.0, 14.7))  # half the devices
+
+
+@pytest.mark.parametrize("name", ["1f1b", "zb1p", "dualpipe", "dualpipev"])
+def test_one_micro_batch_takes_its_way_through_all_stages_and_back(name: str) -> None:
+    way = 16 * (CHUNK.forward + CHUNK.backward - CHUNK.weight) + CHUNK.weight
+    assert sum(step_seconds(name, 16, CHUNK, 1)) >= way  # type: ignore[arg-type]  # from a list of words

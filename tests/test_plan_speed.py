@@ -1,5 +1,7 @@
 """Memory, speed and choices of the planner: published figures, and what has to hold whatever the constants are."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -71,6 +73,19 @@ def test_less_waiting_and_less_work_is_faster(better: dict[str, object]) -> None
     assert speeds[0] < speeds[1]
 
 
+def test_rows_beyond_whole_micro_batches_take_one_more() -> None:
+    steps = [train(V3, H800, REPORT, row=4096, sequences=n, form="fp8") for n in (128, 129, 256)]
+    assert steps[0].seconds <= steps[1].seconds == steps[2].seconds
+
+
+def test_a_pipeline_inside_a_node_needs_no_network() -> None:
+    alone = replace(H800, network=0.0)
+    lite = preset("deepseek-v2-lite")
+    step = train(lite, alone, Layout(dp=4, pp=2), row=4096, sequences=64)
+    assert step.per_device >= train(lite, H800, Layout(dp=4, pp=2), row=4096, sequences=64).per_device > 0
+    assert decode(lite, alone, Layout(pp=2), context=4096, sequences=2, form="bf16").per_device > 0
+
+
 def test_bubbles_shrink_with_the_batch() -> None:
     shares = [train(V3, H800, REPORT, row=4096, sequences=n, form="fp8").bubble for n in (1920, 3840, 15360)]
     assert shares == sorted(shares, reverse=True)
@@ -107,6 +122,16 @@ def test_experts_touched(tokens: float) -> None:
     assert 0 <= distinct_experts(V3, tokens) <= 256
     assert distinct_experts(V3, tokens) <= 8 * tokens + 1e-9 or tokens < 1
     assert distinct_experts(V3, 1) == pytest.approx(8)
+
+
+@pytest.mark.parametrize("sequences", [1, 1.5, 5000])
+def test_models_without_experts_decode(sequences: float) -> None:
+    dense = preset("nano").replace(
+        n_routed_experts=None, n_shared_experts=None, first_k_dense_replace=3, num_nextn_predict_layers=0,
+        n_group=1, topk_group=1, num_experts_per_tok=8,
+    )  # fmt: skip
+    shown = decode(dense, H800, Layout(), context=256, sequences=sequences, form="bf16")
+    assert shown.per_device > 0 and "experts" not in shown.parts
 
 
 def test_drafts_pay_by_their_acceptance() -> None:
@@ -161,6 +186,10 @@ def test_half_the_experts_or_half_the_cache_is_half_the_memory() -> None:
 
 
 def test_fewest_devices() -> None:
+    home = plan(device=find("RTX-4090", table()))
+    assert next(n for n in serving.counts(home.device) if serving.best(home, n)) == 128
+    few = serving.smallest(home)
+    assert few is not None and few.layout.devices == 128
     found = serving.smallest(plan(acceptance=None, context=8192))
     assert found is not None and found.layout.devices == 16
     tiny = serving.smallest(plan().with_(config=preset("demo"), context=256))
@@ -205,6 +234,21 @@ def test_advice_is_what_planning_anew_says() -> None:
     assert found["weights in int4"].speed == pytest.approx(narrow.decode(narrow.busy_sequences()).per_device / before)
     speeds = [change.speed for change in serving_advice(now)]
     assert speeds == sorted(speeds, reverse=True)
+
+
+def test_advice_for_a_batch_keeps_the_batch() -> None:
+    """Fewer data ranks have more of it each."""
+    now = plan(layout=Layout(dp=16, ep=16), context=8192)
+    found = {change.what: change for change in serving_advice(now, 8)}
+    other = now.with_(layout=Layout(dp=2, tp=8, ep=16))
+    rate = other.decode(4).per_device / (8 / 16 * now.decode(1).per_device)
+    assert found["tp=8, dp=2 (now tp=1, dp=16)"].speed == pytest.approx(rate) and rate > 1
+
+
+def test_advice_on_experts_that_lie_nowhere_spread_is_to_spread_them() -> None:
+    now = plan(layout=Layout(dp=16), context=4096, form="int4")
+    assert now.most_sequences() == 0
+    assert any(change.what == "ep=16 (now ep=1)" and change.fits for change in serving_advice(now))
 
 
 def test_advice_where_nothing_fits_is_what_makes_it_fit() -> None:
@@ -254,6 +298,8 @@ def test_devices_from_a_file(tmp_path) -> None:  # type: ignore[no-untyped-def]
         ("[A]\nmemory_gb = 1\nbandwidth_gbs = nan\nbf16_tflops = 1\n", "bandwidth_gbs a positive number"),
         ("[A]\nmemory_gb = 1\nbandwidth_gbs = 1\nbf16_tflop = 1\n", "did you mean bf16_tflops"),
         ("[A]\nmemory_gb = 1\nbandwidth_gbs = 1\nbf16_tflops = 1\nper_node = 0\n", "per_node a whole number"),
+        ("[A]\nmemory_gb = 1\nbandwidth_gbs = 1\nbf16_tflops = 1\nper_node = 8\nlink_gbs = 0\n", "what joins them"),
+        ("[A]\nmemory_gb = 1\nbandwidth_gbs = 1\nbf16_tflops = 1\nchecked = 'no'\n", "checked true or false"),
     ],
 )
 def test_device_files_that_cannot_be_planned_with(tmp_path, text: str, says: str) -> None:  # type: ignore[no-untyped-def]

@@ -16,7 +16,7 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize, Fp8Quantize
 
 from cavelight.spec.formats import FP8, INT4, INT8, PLAIN, Format
 from cavelight.weights import quant
-from cavelight.weights.quant import E4M3_MAX, integers, pack, unpack, words
+from cavelight.weights.quant import E4M3_MAX, e4m3_values, integers, pack, unpack, words
 
 UE8M0 = Format("fp8", ue8m0=True)
 SMALL = Format("fp8", (4, 3))
@@ -236,3 +236,21 @@ def test_transformers_reads_ours_and_we_read_theirs(format: Format) -> None:
     reread = Fp8Dequantize(quantizer)._dequantize_one(theirs["weight"], theirs["weight_scale_inv"], torch.float32)
     assert torch.equal(unpack(theirs, format, torch.float32), reread)
     torch.testing.assert_close(theirs["weight_scale_inv"].float(), ours["weight_scale_inv"], rtol=3e-7, atol=0)
+
+
+def test_codes_are_looked_up_in_pairs() -> None:
+    codes = torch.arange(256, dtype=torch.uint8)
+    every_pair = torch.stack([codes.repeat(256), codes.repeat_interleave(256)], dim=1).view(torch.float8_e4m3fn)
+    for codes_OI in (every_pair, every_pair.mT, every_pair[:1, :1], every_pair[:0]):
+        assert torch.equal(e4m3_values(codes_OI).nan_to_num(nan=1e9), codes_OI.float().nan_to_num(nan=1e9))
+
+
+@pytest.mark.parametrize("format", [INT8, INT4], ids=str)
+def test_scales_too_small_for_float16_cut_nothing_off(format: Format) -> None:
+    most = 2 ** (format.bits - 1) - 1
+    for steps in (0.3, 1.2, 1.43, 2.4, 9.45):  # of 2^-24, the least that float16 has
+        x_OI = torch.linspace(-1, 1, 64).repeat(3, 1) * most * steps * 2.0**-24
+        parts = pack(x_OI, format, torch.float16)
+        scale_OI = parts["weight_scale"].float().repeat_interleave(format.group or 64, dim=1)
+        clipped = 1 if format.bits == 8 else min(quant.CLIPS)
+        assert bool((scale_OI * most >= x_OI.abs() * clipped).all())

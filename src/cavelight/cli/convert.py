@@ -16,6 +16,7 @@ from cavelight.spec.formats import Format, named
 if TYPE_CHECKING:
     from cavelight.weights.audit import Report
 
+GROUP = 32  # unless told
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
@@ -75,6 +76,10 @@ def format_of(to: str, scale_fmt: str, group: int) -> Format:
             why="int4 packs eight of them into a word",
             do="give a multiple of 8",
         )
+    if scale_fmt != "float32" and format.kind != "fp8":
+        raise UserError(f"--scale-fmt says how fp8 stores its scales, and --to {to} has none of them")
+    if group != GROUP and not format.group:
+        raise UserError(f"--group says how many weights share a scale in int4, and --to {to} has no groups")
     if format.kind == "fp8":
         return replace(format, ue8m0=scale_fmt == "ue8m0")
     return replace(format, group=group) if format.group else format
@@ -82,7 +87,7 @@ def format_of(to: str, scale_fmt: str, group: int) -> Format:
 
 def bytes_in(size: str) -> int:
     """A size as people write it: 500MB, 4GiB, 2g, 1000000."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?)?b?\s*", size.lower())
+    match = re.fullmatch(r"\s*([0-9]{1,15}(?:\.[0-9]+)?)\s*([kmg]i?)?b?\s*", size.lower())
     number = int(float(match[1]) * UNITS[match[2] or ""]) if match else 0
     if number <= 0:
         raise UserError(f"{size!r} is no size of a file", do="write it as 500MB or 4GiB")

@@ -19,6 +19,7 @@ from cavelight.plan.share import Form
 from cavelight.plan.table import amount_of, facts, rows, tokens_of
 from cavelight.plan.training import Plan
 from cavelight.spec.config import ModelConfig
+from cavelight.spec.formats import Format
 from cavelight.spec.presets import preset
 
 PURPOSES = ("serve", "train")
@@ -92,6 +93,8 @@ def _check(options: PlanOptions) -> None:
     for name, whole in (("count", options.count), ("batch", options.batch)):
         if whole is not None and whole < 1:
             raise UserError(f"--{name} is at least 1", got=str(whole), do="give a positive number")
+    if options.price is not None and not 0 <= options.price < 1e9:
+        raise UserError("That is no price", got=str(options.price), do="give dollars an hour and device")
     told = (options.count, options.layout, options.batch, options.price, options.tokens, options.utilisation)
     if options.device is None and (options.purpose == "train" or any(value is not None for value in told)):
         raise UserError("That plan needs a device", do="name one with --device, as in --device H800")
@@ -121,26 +124,49 @@ def _layout(options: PlanOptions, config: ModelConfig, device: Device) -> Layout
 
 
 def _served(config: ModelConfig, device: Device, options: PlanOptions, found: dict[str, Any]) -> dict[str, Any]:
-    form: Form = next((known for known in get_args(Form) if known == options.format), device.native)
+    form: Form = next((known for known in get_args(Form) if known == options.format), _stored(config) or device.native)
     cache: Cache = "fp32" if form == "fp32" else "bf16"
     asked = Serving(config, device, Layout(), found["context"], form, cache, options.drafted)
     layout = _layout(options, config, device)
     chosen: Serving | None
     if layout is not None:
-        chosen = asked.with_(layout=layout)
-    elif options.count is not None:
-        chosen = serving.best(asked, options.count) or serving.roomiest(asked, options.count)
+        chosen = asked.with_(layout=_for_serving(layout))
     else:
-        fewest = serving.smallest(asked)
-        chosen = serving.best(fewest, fewest.layout.devices) if fewest else None
+        fewest = None if options.count else serving.smallest(asked)
+        count = options.count or (fewest.layout.devices if fewest else 0)
+        chosen = serving.best(asked, count, options.batch) or serving.roomiest(asked, count) if count else None
     if chosen is None:
         raise _too_large(device, f"one sequence of {asked.context:,} tokens with weights in {form}")
     sequences = serving.sequences_per_rank(chosen, options.batch)
     price = device.price if options.price is None else options.price
     return {
         "serving": plans.served(chosen, sequences, price),
-        "advice": plans.advice(chosen, sequences if options.batch else None),
+        "advice": plans.advice(chosen, options.batch),
     }
+
+
+def _stored(config: ModelConfig) -> Form | None:
+    """The format that a checkpoint's weights are packed in, as its config.json says; None for plain or unknown ones."""
+    try:
+        form = Format.of(config.extra.get("quantization_config"))
+    except UserError:
+        return None
+    forms: dict[tuple[str, int], Form] = {("fp8", 0): "fp8", ("int", 8): "int8", ("int", 4): "int4"}
+    return forms.get((form.kind, form.bits))
+
+
+def _for_serving(layout: Layout) -> Layout:
+    """Raise UserError for what only training has."""
+    plain = Layout()
+    told = [name for name in ("zero", "recompute", "schedule") if getattr(layout, name) != getattr(plain, name)]
+    if told:
+        raise UserError(
+            "That layout is one of training",
+            got=str(layout),
+            why=f"serving has no {' and no '.join(told)}",
+            do="leave it out, or plan with --for train",
+        )
+    return layout
 
 
 def _trained(config: ModelConfig, device: Device, options: PlanOptions, found: dict[str, Any]) -> dict[str, Any]:
@@ -171,10 +197,10 @@ def _trained(config: ModelConfig, device: Device, options: PlanOptions, found: d
 
 
 def _too_large(device: Device, what: str) -> UserError:
-    most = serving.MOST_DEVICES
+    most = serving.MOST_DEVICES if device.network else device.per_node
     return UserError(
         f"Up to {most:,} x {device.name} do not hold {what}",
-        do="take a device with more memory, a shorter context, or a --layout with pp",
+        do="take a device with more memory, a shorter context" + (", or a --layout with pp" if most > 1 else ""),
     )
 
 
@@ -188,13 +214,13 @@ def _show(model: str, config: ModelConfig, found: dict[str, Any]) -> None:
     title = f"{purpose} {model} on {plan['count']:,} x {plan['device']}"
     if purpose == "serving":
         _print_lines(title, lines.serving_lines(plan, config.max_position_embeddings))
-        heads: tuple[str, ...] = ("what to change first", "all users", "one user", "context")
+        heads: tuple[str, ...] = ("what to change first", "per device", "one user", "context")
     else:
         _print_lines(title, lines.training_lines(plan))
         if plan["schedules"]:
             names = ("pipeline schedule", "idle a step", "share", "weights", "activations", "devices")
             _print_cells("", names, lines.schedule_rows(plan))
-        heads = ("what to change first", "tokens/s")
+        heads = ("what to change first", "per device")
     fits = plan["fits"] if purpose == "training" else plan["most_sequences"] > 0
     cells: Sequence[Sequence[str]] = lines.advice_rows(found["advice"], purpose == "serving", fits)
     if cells:
@@ -206,7 +232,7 @@ def _show(model: str, config: ModelConfig, found: dict[str, Any]) -> None:
 
 def _print_fits(found: dict[str, Any]) -> None:
     title = f"fewest devices that serve one sequence of {found['context']:,} tokens, by format of the weights"
-    names = ("device", "memory", "bf16", "fp8", "int4", "those in", "one user, tokens/s", "largest context")
+    names = ("device", "memory", "bf16", "fp8", "int4", "format", "one user tokens/s", "largest context")
     _print_cells(title, names, lines.fits_rows(found["fits_on"]))
     starred = any(not row["checked"] for row in found["fits_on"])
     star = "* figures not looked up. " if starred else ""
@@ -225,7 +251,9 @@ def _print_lines(title: str, pairs: Sequence[tuple[str, str]]) -> None:
 def _print_cells(title: str, names: Sequence[str], cells: Sequence[Sequence[str]]) -> None:
     table = Table(title=title or None, title_justify="left")
     for place, name in enumerate(names):
-        table.add_column(name, justify="right" if place else "left", style="cyan" if place == 0 else "")
+        table.add_column(
+            name, justify="right" if place else "left", style="cyan" if place == 0 else "", no_wrap=place == 0
+        )
     for row in cells:
         table.add_row(*(Text(cell) for cell in row))
     OUT.print(table)

@@ -7,7 +7,8 @@ I dense FFN width, E experts, K experts a token, F expert width.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import ceil
 from typing import Literal
 
 from cavelight.plan.layout import Recompute
@@ -32,6 +33,7 @@ class Kept:
     elements: int
     bits: float
     remade: bool = False
+    routed: bool = False  # counted for the tokens that a device's experts get
 
     @property
     def bytes(self) -> float:
@@ -59,6 +61,11 @@ def kept_bytes(tensors: tuple[Kept, ...], recompute: Recompute) -> float:
 def remade_bytes(tensors: tuple[Kept, ...], recompute: Recompute) -> float:
     """Bytes a token that one layer's backward pass makes again before it begins."""
     return sum(t.bytes for t in tensors) - kept_bytes(tensors, recompute)
+
+
+def busiest(tensors: tuple[Kept, ...], imbalance: float) -> tuple[Kept, ...]:
+    """A layer's tensors where the experts get `imbalance` times the mean."""
+    return tuple(replace(t, elements=ceil(t.elements * imbalance)) if t.routed else t for t in tensors)
 
 
 def _linear(precision: Precision) -> float:
@@ -95,14 +102,14 @@ def _feed_forward(config: ModelConfig, layer: int, precision: Precision) -> Iter
         yield from _swiglu("dense", config.intermediate_size, linear)
         return
     yield Kept("scores", config.n_routed_experts or 0, FLOAT32)
-    yield Kept("dispatched x", K * D, linear)
-    yield from _swiglu("experts", K * F, linear)
+    yield Kept("dispatched x", K * D, linear, routed=True)
+    yield from _swiglu("experts", K * F, linear, routed=True)
     # For the gradient of the weights of the sum; remade, or had from SwiGLU's output instead.
-    yield Kept("experts' output", K * D, BF16, remade=True)
+    yield Kept("experts' output", K * D, BF16, remade=True, routed=True)
     if config.n_shared_experts:
         yield from _swiglu("shared experts", config.n_shared_experts * F, linear)
 
 
-def _swiglu(name: str, width: int, linear: float) -> Iterator[Kept]:
-    yield Kept(f"{name}: gate and up", 2 * width, linear)
-    yield Kept(f"{name}: silu(gate) * up", width, linear, remade=True)
+def _swiglu(name: str, width: int, linear: float, routed: bool = False) -> Iterator[Kept]:
+    yield Kept(f"{name}: gate and up", 2 * width, linear, routed=routed)
+    yield Kept(f"{name}: silu(gate) * up", width, linear, remade=True, routed=routed)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from cavelight.plan.layout import Layout
 from cavelight.plan.serving import Serving, layouts
 from cavelight.plan.share import Form
 from cavelight.plan.training import Plan
@@ -37,13 +38,13 @@ class Change:
         return self.fits, self.speed if self.fits else self.spare
 
 
-def serving_advice(now: Serving, sequences: int | None = None) -> list[Change]:
-    """Changes to a way of serving, the best first; `sequences` on each data rank, or as many as keep it busiest.
+def serving_advice(now: Serving, batch: int | None = None) -> list[Change]:
+    """Changes to a way of serving, the best first: for a batch of sequences, or for as many as keep it busiest.
 
     Where it fits already, changes that gain less than WORTH everywhere are left out; where not, all that help.
     """
-    before = _served(now, sequences)
-    found = [_change(what, other, before, sequences) for what, other in _other_servings(now)]
+    before = _served(now, batch)
+    found = [_change(what, other, before, batch) for what, other in _other_servings(now)]
     if before is None:
         return sorted((one for one in found if one.fits or one.spare > _spare(now)), key=lambda one: one.rank)[::-1]
     worth = [one for one in found if one.fits and max(one.speed, one.user, one.context) > 1 + WORTH]
@@ -62,8 +63,8 @@ def _other_servings(now: Serving) -> Iterator[tuple[str, Serving]]:
         yield "MTP drafts, 85 % accepted", now.with_(acceptance=0.85)
     yield f"half the context, {now.context // 2:,} tokens", now.with_(context=max(1, now.context // 2))
     for other in layouts(now.config, now.device, count):
-        if other.tp != layout.tp:
-            yield f"tp={other.tp}, dp={other.dp} (now tp={layout.tp})", now.with_(layout=other)
+        if (other.tp, other.ep) != (layout.tp, layout.ep):
+            yield _difference(layout, other), now.with_(layout=other)
     for other in layouts(now.config, now.device, 2 * count) if now.device.network else ():
         if other.tp == layout.tp:
             yield f"twice the devices, ep={other.ep}", now.with_(layout=other)
@@ -76,17 +77,22 @@ def _spare(one: Serving) -> float:
     return (one.free - one.context * one.bytes_per_token) / one.device.memory
 
 
-def _served(one: Serving, sequences: int | None) -> tuple[float, float, float] | None:
+def _difference(layout: Layout, other: Layout) -> str:
+    """What another layout has otherwise, as in `tp=8, dp=2 (now tp=1, dp=16)`."""
+    names = [name for name in ("tp", "dp", "ep", "pp", "cp") if getattr(layout, name) != getattr(other, name)]
+    new, old = (", ".join(f"{name}={getattr(one, name)}" for name in names) for one in (other, layout))
+    return f"{new} (now {old})"
+
+
+def _served(one: Serving, batch: int | None) -> tuple[float, float, float] | None:
     """Tokens a second of a device and of one user, and the largest context; None where it does not fit."""
-    most = one.most_sequences()
-    if most == 0:
+    if not one.holds(batch):
         return None
-    busy = one.busy_sequences() if sequences is None else min(sequences, most)
-    return one.decode(busy).per_device, one.decode(1).per_sequence, float(one.largest_context())
+    return one.decode(one.sequences(batch)).per_device, one.decode(1).per_sequence, float(one.largest_context())
 
 
-def _change(what: str, other: Serving, before: tuple[float, float, float] | None, sequences: int | None) -> Change:
-    after = _served(other, sequences)
+def _change(what: str, other: Serving, before: tuple[float, float, float] | None, batch: int | None) -> Change:
+    after = _served(other, batch)
     if after is None or before is None:
         return Change(what, after is not None, _spare(other), after[0] if after else 0.0)
     speed, user, context = (new / old for new, old in zip(after, before, strict=True))

@@ -123,6 +123,10 @@ def _device(file: Path, name: str, row: Any) -> Device:
     if not isinstance(per_node, int) or isinstance(per_node, bool) or per_node < 1:
         raise wrong(f"with per_node = {per_node!r}", "give per_node a whole number from 1 on")
     link = row.get("link_gbs", row["bandwidth_gbs"] / 10) * 1e9
+    if per_node > 1 and not link:
+        raise wrong("with link_gbs = 0 in a node of several", "give link_gbs what joins them, or per_node = 1")
+    if not isinstance(row.get("checked", True), bool):
+        raise wrong(f"with checked = {row['checked']!r}", "give checked true or false")
     return Device(
         name=name,
         memory=row["memory_gb"] * 1e9,
@@ -134,7 +138,7 @@ def _device(file: Path, name: str, row: Any) -> Device:
         price=float(row.get("price", 0.0)),
         layer_seconds=row.get("layer_us", LAYER_US) * 1e-6,
         runtime=row.get("runtime_gb", RUNTIME / 1e9) * 1e9,
-        checked=bool(row.get("checked", True)),
+        checked=row.get("checked", True),
         note=str(row.get("note", "")),
         measured=str(row.get("measured", "")),
     )

@@ -21,6 +21,8 @@ Recompute = Literal["none", "selective", "full"]
 Schedule = Literal["1f1b", "zb1p", "dualpipe", "dualpipev"]
 Zero = Literal[0, 1, 3]
 
+DIGITS = 7  # of a degree of parallelism, at most
+
 # Axes that tensor parallelism cuts: heads, FFN width, vocabulary. Latents, norms, gates stay whole on every device.
 TENSOR_AXES = frozenset({"H", "H*(N+R)", "H*U", "I", "F*n_shared", "V"})
 
@@ -111,7 +113,7 @@ _WORDS: dict[str, tuple[Any, ...]] = {
 
 
 def _value(name: str, text: str) -> Any:
-    number = int(text) if text.isascii() and text.isdigit() else None
+    number = int(text) if text.isascii() and text.isdigit() and len(text) <= DIGITS else None
     if name in _WORDS:
         value = number if name == "zero" else text
         if value not in _WORDS[name]:

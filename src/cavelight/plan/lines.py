@@ -13,7 +13,7 @@ def fits_rows(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
     """Cells of "fits on": device, memory, fewest in bf16, fp8 and int4, one user's speed, largest context."""
 
     def cells(row: Mapping[str, Any]) -> tuple[str, ...]:
-        fewest = row["devices"]
+        fewest, held = row["devices"], row["largest_context"]
         speed = f"{row['tokens_per_second']:,.0f}" if row["tokens_per_second"] else "–"
         return (
             row["device"] + ("" if row["checked"] else " *"),
@@ -21,7 +21,7 @@ def fits_rows(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
             *(str(fewest[form] or "–") for form in ("bf16", "fp8", "int4")),
             row["format"],
             speed,
-            f"{row['largest_context']:,}" if row["largest_context"] else "–",
+            (f"{held:,}" if held < 10**7 else _tokens(held)) if held else "–",
         )
 
     return [cells(row) for row in rows]

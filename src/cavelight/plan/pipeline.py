@@ -50,15 +50,19 @@ def schedule(name: Schedule, stages: int, chunk: Chunk) -> Schedules:
     return Schedules(bubble, 2, stages + 1, stages if name == "dualpipe" else stages // 2)
 
 
-def step_seconds(name: Schedule, stages: int, chunk: Chunk, micro_batches: int) -> float:
-    """Seconds of a step of so many micro-batches per pipeline: work, then what stands idle.
+def step_seconds(name: Schedule, stages: int, chunk: Chunk, micro_batches: int) -> tuple[float, float]:
+    """Seconds that a step of so many micro-batches per pipeline works and stands idle.
 
-    DualPipe runs forward and backward as pairs; the others one after another, communication and all.
+    DualPipe runs forward and backward as pairs; the others one after another, communication and all. The table's
+    bubbles are those of a full pipeline: with few micro-batches a step still takes as long as one needs through all
+    stages and back, where only the weights' gradients can wait.
     """
-    each = chunk.pair if name.startswith("dualpipe") else chunk.forward + chunk.backward
+    F, B, W = chunk.forward, chunk.backward, chunk.weight
     if stages == 1:
-        return micro_batches * (chunk.forward + chunk.backward)
+        return micro_batches * (F + B), 0.0
+    each = chunk.pair if name.startswith("dualpipe") else F + B
     # A DualPipeV device has two of the stages, so each micro-batch passes it twice; DualPipe's has two as well, but
     # half the micro-batches come from each end.
     passes = 2 if name == "dualpipev" else 1
-    return micro_batches * passes * each + max(0.0, schedule(name, stages, chunk).bubble)
+    work = micro_batches * passes * each
+    return work, max(schedule(name, stages, chunk).bubble, stages * (F + B - W) + W - work, 0.0)

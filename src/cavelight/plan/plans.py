@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from math import ceil
 from typing import Any
 
 from cavelight.plan import serving, training
@@ -45,12 +46,12 @@ def fits_on(
     return rows
 
 
-def served(one: Serving, sequences: int, price: float) -> dict[str, Any]:
-    """Serving with so many sequences on each data rank."""
-    device, layout = one.device, one.layout
-    memory, alone, busy, prompt = one.memory(sequences), one.decode(1), one.decode(max(1, sequences)), one.prefill()
+def served(one: Serving, sequences: float, price: float) -> dict[str, Any]:
+    """Serving with so many sequences on each data rank; below 1, some ranks stand idle."""
+    device, layout, most = one.device, one.layout, ceil(sequences)
+    memory, alone, busy, prompt = one.memory(most), one.decode(1), one.decode(sequences or 1), one.prefill()
     fewest = serving.smallest(one)
-    fits = one.most_sequences() >= max(1, sequences)
+    fits = one.most_sequences() >= max(1, most)
     return {
         "device": device.name,
         "count": layout.devices,
@@ -63,7 +64,7 @@ def served(one: Serving, sequences: int, price: float) -> dict[str, Any]:
         "memory": memory,
         "memory_usable": USABLE * device.memory,
         "memory_device": device.memory,
-        "sequences": sequences * layout.dp,
+        "sequences": round(sequences * layout.dp),
         "most_sequences": one.most_sequences() * layout.dp,
         "largest_context": one.largest_context(),
         "fewest_devices": fewest.layout.devices if fewest else None,
@@ -135,7 +136,7 @@ def schedules(plan: Plan) -> list[dict[str, Any]]:
     return rows
 
 
-def advice(plan: Serving | Plan, sequences: int | None = None) -> list[dict[str, Any]]:
-    """Single changes, ranked."""
-    found: list[Change] = serving_advice(plan, sequences) if isinstance(plan, Serving) else training_advice(plan)
+def advice(plan: Serving | Plan, batch: int | None = None) -> list[dict[str, Any]]:
+    """Single changes, ranked; with a batch, for so many sequences at a time."""
+    found: list[Change] = serving_advice(plan, batch) if isinstance(plan, Serving) else training_advice(plan)
     return [asdict(change) for change in found]

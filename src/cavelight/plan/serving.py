@@ -107,8 +107,16 @@ class Serving:
 
     def busy_sequences(self) -> int:
         """Sequences on a data rank when decoding is busiest: what fits, up to MOST_TOKENS tokens of a device."""
-        tokens = 2 if self.drafts else 1
-        return min(self.most_sequences(), MOST_TOKENS * self.layout.tp * self.layout.cp // tokens)
+        layout, tokens = self.layout, 2 if self.drafts else 1
+        return min(self.most_sequences(), MOST_TOKENS * layout.tp * layout.cp * layout.pp // tokens)
+
+    def sequences(self, batch: int | None) -> float:
+        """Sequences on a data rank: a batch's share, below 1 where ranks stand idle, or as many as keep it busiest."""
+        return self.busy_sequences() if batch is None else batch / self.layout.dp
+
+    def holds(self, batch: int | None) -> bool:
+        """Whether a batch fits, or a sequence on each data rank."""
+        return self.most_sequences() >= (1 if batch is None else ceil(batch / self.layout.dp))
 
     def decode(self, sequences: float) -> Decode:
         return decode(
@@ -140,11 +148,11 @@ def fits_heads(config: ModelConfig, tp: int) -> bool:
     return config.num_attention_heads % tp == 0 and (not dense or config.intermediate_size % tp == 0)
 
 
-def best(serving: Serving, count: int) -> Serving | None:
-    """The layout on so many devices that decodes most tokens a second; None where nothing fits."""
+def best(serving: Serving, count: int, batch: int | None = None) -> Serving | None:
+    """The layout on so many devices that decodes most tokens a second, of a batch if told; None where nothing fits."""
     tried = (serving.with_(layout=layout) for layout in layouts(serving.config, serving.device, count))
-    fitting = [one for one in tried if one.most_sequences() > 0]
-    return max(fitting, key=lambda one: one.decode(one.busy_sequences()).per_device, default=None)
+    fitting = [one for one in tried if one.holds(batch)]
+    return max(fitting, key=lambda one: one.decode(one.sequences(batch)).per_device, default=None)
 
 
 def roomiest(serving: Serving, count: int) -> Serving:
@@ -154,19 +162,20 @@ def roomiest(serving: Serving, count: int) -> Serving:
 
 
 def counts(device: Device) -> Iterator[int]:
-    """Numbers of devices worth asking about: one to a node's, then whole nodes, in steps of a quarter."""
+    """Numbers of devices worth asking about: one to a node's, then whole nodes."""
     yield from range(1, device.per_node + 1)
-    nodes = 2
-    while device.network and nodes * device.per_node <= MOST_DEVICES:
-        yield nodes * device.per_node
-        nodes += max(1, nodes // 4)
+    if device.network:
+        yield from range(2 * device.per_node, MOST_DEVICES + 1, device.per_node)
 
 
 def smallest(serving: Serving) -> Serving | None:
-    """The fewest devices that hold the model and one sequence of the context, in the layout that leaves most room."""
+    """The fewest devices that hold the model and one sequence of the context, in the layout fastest for one user."""
     weights = share(serving.config, Layout(), 0, serving.form, serving.drafts).bytes
+    cache = (
+        serving.context * serving.with_(layout=Layout()).bytes_per_token
+    )  # whole on a device, however many there are
     for count in counts(serving.device):
-        if weights / count > USABLE * serving.device.memory:
+        if weights / count + cache > USABLE * serving.device.memory:
             continue
         tried = [serving.with_(layout=layout) for layout in layouts(serving.config, serving.device, count)]
         fitting = [one for one in tried if one.most_sequences() > 0]
@@ -175,22 +184,17 @@ def smallest(serving: Serving) -> Serving | None:
     return None
 
 
-def sequences_per_rank(serving: Serving, batch: int | None) -> int:
-    """Sequences on each data rank: of a batch over all, or as many as keep decoding busiest.
-
-    Raises UserError for a batch that does not fit.
-    """
-    if batch is None:
-        return serving.busy_sequences()
-    each, most = ceil(batch / serving.layout.dp), serving.most_sequences()
-    if each > most > 0:
+def sequences_per_rank(serving: Serving, batch: int | None) -> float:
+    """`Serving.sequences`. Raises UserError for a batch that does not fit where one sequence would."""
+    most = serving.most_sequences()
+    if most and not serving.holds(batch):
         raise UserError(
             "So many sequences do not fit",
             got=f"{batch:,} of {serving.context:,} tokens on {serving.layout.devices} x {serving.device.name}",
             why=f"the memory left holds {most * serving.layout.dp:,}",
             do="take fewer or shorter sequences, more devices, or a narrower --format",
         )
-    return each
+    return serving.sequences(batch)
 
 
 @lru_cache(maxsize=64)

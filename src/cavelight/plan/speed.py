@@ -114,7 +114,7 @@ def _decode_parts(
     cached = context * cache_row_bytes(config, cache) * part.layers / layout.cp
     H, C = config.num_attention_heads / layout.tp, config.kv_lora_rank
     scores = 2 * H * (config.cache_width + C) * context * part.layers / layout.cp
-    touched = 1 - (1 - config.num_experts_per_tok / (config.n_routed_experts or 1)) ** together
+    touched = distinct_experts(config, together) / (config.n_routed_experts or 1)
     expert = part.expert_elements / max(1, part.experts_per_layer)  # of all layers, one expert each
     routed = 2 * expert * own * config.num_experts_per_tok
     parts = {
@@ -128,7 +128,7 @@ def _decode_parts(
         "experts' all-to-all": part.moe_layers
         * sum(traffic.low_latency(config, device, layout.ep, own, each) for each in sent_bytes(form)),
         "tensor parallel sums": part.layers * traffic.tensor_sums(config, device, layout.tp, tokens),
-        "pipeline": traffic.hand_over(config, device, tokens) if layout.pp > 1 else 0.0,
+        "pipeline": traffic.hand_over(config, device, layout, tokens),
     }
     return {name: seconds for name, seconds in parts.items() if seconds > 0}
 
@@ -198,7 +198,7 @@ def prefill(config: ModelConfig, device: Device, layout: Layout, *, context: int
             "experts' all-to-all": part.moe_layers
             * sum(traffic.forwarded(config, device, layout.ep, own, each) for each in sent_bytes(form)),
             "tensor parallel sums": part.layers * traffic.tensor_sums(config, device, layout.tp, chunk / layout.cp),
-            "pipeline": traffic.hand_over(config, device, own) if layout.pp > 1 else 0.0,
+            "pipeline": traffic.hand_over(config, device, layout, own),
         }
         if sum(parts.values()) > sum(slowest.values()):
             slowest = parts

@@ -82,9 +82,11 @@ def tensor_sums(config: ModelConfig, device: Device, tp: int, tokens: float) -> 
     return 2 * (2 * (tp - 1) / tp * tokens * config.hidden_size * 2 / speed + fixed)
 
 
-def hand_over(config: ModelConfig, device: Device, tokens: float) -> float:
-    """Seconds of passing hidden states in bf16 to the next stage of a pipeline, by network."""
-    speed, fixed = message(device, inside=False)
+def hand_over(config: ModelConfig, device: Device, layout: Layout, tokens: float) -> float:
+    """Seconds of passing hidden states in bf16 to the next stage of a pipeline: by network, unless all is one node."""
+    if layout.pp == 1:
+        return 0.0
+    speed, fixed = message(device, inside=layout.devices <= device.per_node)
     return tokens * config.hidden_size * 2 / speed + fixed
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
+from math import ceil
 from typing import Any
 
 from cavelight.errors import UserError
@@ -15,7 +16,7 @@ from cavelight.plan.devices import Device
 from cavelight.plan.here import training_here
 from cavelight.plan.layout import Layout, Recompute, Schedule, held
 from cavelight.plan.memory import Memory, training_memory
-from cavelight.plan.pipeline import Chunk, schedule, step_seconds
+from cavelight.plan.pipeline import Chunk, step_seconds
 from cavelight.plan.serving import MOST_DEVICES, USABLE
 from cavelight.plan.share import Form, share
 from cavelight.plan.speed import Rates, activation_bytes, sent_bytes
@@ -77,11 +78,9 @@ def train(
             {"all, at the given utilisation": seconds}, tokens, tokens / seconds / layout.devices, utilisation, 0.0
         )
     slowest = _slowest(config, device, layout, row, rows, form)
-    micro_batches = max(1, round(sequences / (layout.dp * rows)))
-    busy = step_seconds(layout.schedule, layout.pp, slowest, micro_batches)
-    idle = max(0.0, schedule(layout.schedule, layout.pp, slowest).bubble) if layout.pp > 1 else 0.0
+    busy, idle = step_seconds(layout.schedule, layout.pp, slowest, ceil(sequences / (layout.dp * rows)))
     parts = {
-        "forward and backward": busy - idle,
+        "forward and backward": busy,
         "pipeline bubbles": idle,
         "gradients and weights": max(_gradients(config, device, layout, rank) for rank in range(layout.pipeline)),
     }
@@ -130,8 +129,7 @@ def _chunk(config: ModelConfig, device: Device, layout: Layout, stage: int, row:
     exposed = part.layers * traffic.tensor_sums(config, device, layout.tp, tokens) + _ring(
         config, device, layout, part.layers, row * rows
     )
-    if layout.pp > 1:
-        exposed += traffic.hand_over(config, device, own)
+    exposed += traffic.hand_over(config, device, layout, own)
     F, B = forward + exposed, 2 * forward + again + 2 * exposed
     if layout.pp > 1 and layout.schedule.startswith("dualpipe"):
         return Chunk(F + exchange, B + exchange, linear, max(F + B, 2 * exchange))
@@ -176,7 +174,7 @@ class Plan:
 
     @property
     def micro_batches(self) -> int:
-        return max(1, round(self.sequences / (self.layout.dp * self.rows)))
+        return ceil(self.sequences / (self.layout.dp * self.rows))
 
     @cached_property
     def memory(self) -> Memory:

@@ -23,7 +23,6 @@ from cavelight.weights.files import abbreviated
 from cavelight.weights.stored import Checkpoint
 
 PAGE, DATA = "index.html", "look.json"
-WRITTEN = {".html", ".json", ".png", ".svg"}  # suffixes of what may be replaced
 PARTS = (
     not_finite,
     parameters_table,
@@ -108,6 +107,16 @@ def _name(checkpoint: Checkpoint) -> str:
     return folder.parent.name if folder.name == "model" and folder.parent.name else folder.name
 
 
+def _written(out: Path) -> set[str]:
+    """Names of the files that an earlier look wrote into a folder, as its data tells; none where it tells nothing."""
+    try:
+        found = json.loads((out / DATA).read_text(encoding="utf-8"))
+        keys = [figure["key"] for figure in found["figures"]]
+    except (OSError, ValueError, LookupError, TypeError):
+        return set()
+    return {PAGE, DATA, "architecture.png", "architecture.svg", *(f"{key}.png" for key in keys)}
+
+
 def _check_place(out: Path) -> None:
     """Before hours of reading: that `out` can be written, and holds nothing but what an earlier look wrote.
 
@@ -123,10 +132,7 @@ def _check_place(out: Path) -> None:
     if not out.exists():
         return
     names = sorted(file.name for file in out.iterdir()) if out.is_dir() else [out.name]
-    strangers = [name for name in names if Path(name).suffix not in WRITTEN]
-    if names and not (out / DATA).is_file():
-        strangers = names
-    if strangers:
+    if strangers := sorted(set(names) - _written(out)):
         raise UserError(
             f"{out} holds something other than the pictures of a checkpoint",
             got=abbreviated(strangers),

@@ -50,6 +50,7 @@ _LOOK: dict[Any, Any] = {
     "axes.formatter.useoffset": False,
     "lines.linewidth": 1.4,
     "lines.solid_capstyle": "round",
+    "text.parse_math": False,  # names of files may hold dollars
     "svg.hashsalt": "cavelight",  # equal figures give equal files
 }
 

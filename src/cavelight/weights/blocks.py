@@ -34,7 +34,8 @@ def blocks(source: Checkpoint, options: Options, job: Job) -> Iterator[tuple[Sto
         if job.rule == "copied":
             new = _as_it_is(stored, job, last=stop == job.tensor.shape[0])
         else:
-            values = unpack(packed_rows, source.format, torch.float32 if job.packed else job.dtype)
+            exact = job.packed or job.dtype == torch.float16  # which may not hold them, and _from_plain tells
+            values = unpack(packed_rows, source.format, torch.float32 if exact else job.dtype)
             new = _from_plain(values, options, job, last=stop == job.tensor.shape[0])
         yield stored, new
 

@@ -4,6 +4,7 @@ The output grows in a folder beside the target, `.NAME.converting` (weights/jour
 audit has found nothing that is unexplained. A call that was killed is continued by the same call.
 """
 
+import os
 import shutil
 import zlib
 from collections.abc import Callable, Iterable, Mapping
@@ -28,9 +29,11 @@ from cavelight.weights.snapshot import CONVERSION, OF_OTHER_FILES, check_replace
 from cavelight.weights.stored import Checkpoint
 from cavelight.weights.worklist import Job, Options, Worklist, work_list
 
-# What is taken over as it is. Python code comes along only where config.json's auto_map needs it.
+# What is taken over as it is, a tokenizer's code too. Other code comes only where config.json's auto_map needs it.
 TAKEN_OVER = (
-    "*token*",
+    "*token*.json",
+    "tokeniz*",
+    "*.tiktoken",
     "vocab*",
     "merges.txt",
     "*.model",
@@ -68,8 +71,8 @@ def convert(
     is no checkpoint, another conversion begun there, and whatever the audit cannot explain. After a full disk, Ctrl-C
     or a kill the same call continues.
     """
-    checkpoint, target = Checkpoint(source), target.resolve()
-    _check_apart(source.resolve(), target)
+    checkpoint, target = Checkpoint(source), Path(os.path.realpath(target))  # unlike resolve(), it bears loops
+    _check_apart(checkpoint, target)
     check_replaceable(target)
     work = work_list(checkpoint, Options(format, dtype, shift_biases, without_mtp, shard_bytes))
     with clear_disk_errors(target), Unfinished(target.with_name(f".{target.name}.converting"), work.task) as unfinished:
@@ -87,12 +90,15 @@ def convert(
     return report
 
 
-def _check_apart(source: Path, target: Path) -> None:
-    if source == target or source in target.parents:
+def _check_apart(checkpoint: Checkpoint, target: Path) -> None:
+    source = checkpoint.folder.resolve()
+    files = {entry.file for entry in checkpoint.files.entries.values()}
+    read = {source, *(file.resolve() for file in files)}  # a folder of symlinks reads elsewhere
+    if source in target.parents or any(path.is_relative_to(target) for path in read):
         raise UserError(
             "Source and target of a conversion have to be different folders",
             got=f"{source} and {target}",
-            why="the source is read until the end",
+            why="the source is read until the end, and what stands at the target is replaced",
             do="choose a new folder outside the source",
         )
 

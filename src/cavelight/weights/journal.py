@@ -4,6 +4,7 @@ Beside the shards lies a journal in JSON lines: first what is being made, then e
 the disk. A line that was cut off counts for nothing; what it spoke of is written again, to the same place.
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -113,11 +114,12 @@ class Unfinished:
         """Wait for the disk, then say in the journal what is on it."""
         with self._lock:
             dirty, self._dirty = self._dirty, set()
+        waiting, self._waiting, self._waiting_bytes = self._waiting, [], 0
         for file in dirty:
-            _sync(self.model / file)
-        self._append([asdict(done) for done in self._waiting])
-        self.done |= {done.name: done for done in self._waiting}
-        self._waiting, self._waiting_bytes, self._synced = [], 0, time.monotonic()
+            _sync(self.model / file)  # should it fail, what was waiting is written again: a disk owns up only once
+        self._append([asdict(done) for done in waiting])
+        self.done |= {done.name: done for done in waiting}
+        self._synced = time.monotonic()
 
     def _append(self, lines: Sequence[Mapping[str, Any]]) -> None:
         before = os.fstat(self._journal).st_size
@@ -138,7 +140,17 @@ class Unfinished:
         replaced = self.path / "replaced"
         if target.exists():
             shutil.rmtree(replaced, ignore_errors=True)
-            os.replace(target, replaced)
+            try:
+                os.replace(target, replaced)
+            except OSError as error:
+                if error.errno != errno.EBUSY:
+                    raise
+                raise UserError(
+                    f"{target} cannot be replaced",
+                    got=error.strerror or "",
+                    why="a disk or a container's volume is mounted there",
+                    do=f"move {self.model}, which is finished and audited, to where you want it",
+                ) from error
         try:
             os.replace(self.model, target)  # killed before this line, the next call ends here as well
         except OSError:
@@ -208,7 +220,9 @@ def _other_task(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> U
 
 
 def _over(path: Path) -> str:
-    return f"delete that folder (rm -r {shlex.quote(str(path))}) and give the command again"
+    before = path / "replaced"  # a call was killed while it put the new model into the old one's place
+    rescue = f"move {before} away, the checkpoint that stood here before, then " if before.exists() else ""
+    return f"{rescue}delete that folder (rm -r {shlex.quote(str(path))}) and give the command again"
 
 
 def _short(value: Any) -> str:

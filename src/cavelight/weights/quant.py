@@ -8,6 +8,7 @@ W int32 words of a row.
 """
 
 from collections.abc import Iterator, Mapping
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +22,6 @@ LEAST_AMAX = 1e-4  # of an fp8 block: one of zeros has a scale too
 # one often pays. With 7/8 in it, packing what was unpacked gives the same again (4 bits reach from -8 to 7).
 CLIPS = (1.0, 0.94, 7 / 8, 0.82, 0.76)
 TILE = 1 << 18  # elements worked on at a time, so that they stay in the processor's cache
-# Every E4M3 code's value: looking them up is four times as fast as torch's own conversion on a CPU.
-E4M3 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
 
 
 def pack(rows_OI: Tensor, format: Format, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
@@ -70,10 +69,25 @@ def unpack_tile(parts: Mapping[str, Tensor], format: Format, tile: slice, column
     if format.kind == "int":
         values_OI = integers(parts["weight_packed"][tile], format.bits, columns).float()
         return _scale(values_OI, parts["weight_scale"][tile].float(), (1, format.group or columns))
-    codes_OI = parts["weight"][tile].view(torch.uint8)
-    values_OI = E4M3.to(codes_OI.device).index_select(0, codes_OI.flatten().int()).view(codes_OI.shape)
+    values_OI = e4m3_values(parts["weight"][tile])
     scale = parts["weight_scale_inv"][tile.start // format.block[0] : -(-tile.stop // format.block[0])]
     return _scale(values_OI, scale.float(), format.block)
+
+
+def e4m3_values(codes_OI: Tensor) -> Tensor:
+    """`codes_OI.float()`, on a CPU by looking up two at a time, which is six times as fast there."""
+    if codes_OI.device.type != "cpu" or codes_OI.numel() % 2:
+        return codes_OI.float()
+    pairs = codes_OI.contiguous().view(torch.uint8).flatten().view(torch.uint16)
+    return _e4m3_pairs().index_select(0, pairs.int()).view(torch.float32).view(codes_OI.shape)
+
+
+@cache
+def _e4m3_pairs() -> Tensor:
+    """The values of every two codes side by side, as the 64 bits that they fill: the first code is the lower byte."""
+    values = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    low, high = values.repeat(256), values.repeat_interleave(256)
+    return torch.stack([low, high], dim=1).view(torch.float64).flatten()
 
 
 def integers(packed_OW: Tensor, bits: int, columns: int) -> Tensor:
@@ -125,9 +139,14 @@ def _pack_int(x_OI: Tensor, format: Format, dtype: torch.dtype) -> dict[str, Ten
 
 
 def _storable(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Scales as they will be read back: rounded to `dtype`, and never to zero."""
-    smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
-    return scale.clamp(min=smallest).to(dtype).float()
+    """Scales as they will be read back: rounded to `dtype`, and never to zero.
+
+    Up where they are subnormal there, and steps so wide that the next one below would cut large values off.
+    """
+    normal = torch.finfo(dtype).smallest_normal
+    step = normal * torch.finfo(dtype).eps
+    scale = torch.where(scale < normal, (scale / step).ceil() * step, scale)
+    return scale.clamp(min=step).to(dtype).float()
 
 
 def _rounded(x_OI: Tensor, scale_OI: Tensor, most: int) -> Tensor:

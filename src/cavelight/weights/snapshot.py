@@ -4,6 +4,7 @@ Reading is strict: every tensor is accounted for, none is skipped silently. Writ
 """
 
 import json
+import os
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Protocol
@@ -88,7 +89,8 @@ def read_checkpoint(
     for tensor in wanted:
         if tensor.parts[0].name in gone and (checkpoint.format.kind == "int" or not check_finite):
             continue  # integers are finite if their scales are, which is checked when they are read
-        theirs = checkpoint.tensor(tensor.name, dtype if checkpoint.is_packed(tensor.name) else None)
+        # In the wanted dtype before it is checked: float16 makes infinities of what it cannot hold.
+        theirs = checkpoint.tensor(tensor.name, dtype if tensor.dtype == "model" else torch.float32)
         if check_finite:
             _check_finite(tensor.name, theirs)
         if tensor.parts[0].name not in gone:
@@ -150,21 +152,27 @@ def _check_finite(name: str, tensor: Tensor) -> None:
         bad = int((~tensor.isfinite()).sum())
         raise UserError(
             f"{name} holds numbers that are not finite",
-            got=f"{bad:,} of {tensor.numel():,} are NaN or infinite",
+            got=f"{bad:,} of {tensor.numel():,} are NaN or infinite as {str(tensor.dtype).removeprefix('torch.')}",
             why="a single one of them spoils every output",
-            do="use an earlier checkpoint; to look at this one all the same, read it with check_finite=False",
+            do="use an earlier checkpoint, or bfloat16 where float16 is too narrow; to look at this one all the same, "
+            "read it with check_finite=False",
         )
 
 
 def check_replaceable(path: Path) -> None:
     """Replacing a folder deletes what is in it: only what a checkpoint consists of may go."""
-    if not path.exists():
+    if not os.path.lexists(path):
         return
+    if path.is_mount():
+        raise UserError(
+            f"{path} is where a disk is mounted, which cannot be replaced", do="choose a new folder inside it"
+        )
     strangers = {path.name}
     if path.is_dir():
-        names = {file.name for file in path.iterdir()}
-        strangers = {name for name in names if not any(fnmatch(name, known) for known in CHECKPOINT_FILES)}
+        files = {file.name for file in path.iterdir() if not file.is_dir()}
+        strangers = {name for name in files if not any(fnmatch(name, known) for known in CHECKPOINT_FILES)}
         strangers -= _taken_over(path / CONVERSION) if strangers else set()
+        strangers |= {file.name for file in path.iterdir()} - files
     if strangers:
         raise UserError(
             f"{path} holds something other than a checkpoint",

@@ -18,7 +18,7 @@ from cavelight.weights.headers import CODES, DTYPES, Entry
 from cavelight.weights.names import DERIVED, HFTensor, check_fit, hf_tensors, is_mtp
 from cavelight.weights.stored import ROWS, Checkpoint
 
-WRITER = 1  # another number where the same task would give other bytes
+WRITER = 2  # another number where the same task would give other bytes
 BLOCK_BYTES = 16 * 2**20  # of a block of rows in float32; packing one takes several times that
 
 Rule = Literal["copied", "cast", "quantised", "requantised", "unquantised", "bias shifted", "MTP copy added"]
@@ -162,8 +162,9 @@ def _rule(source: Checkpoint, format: Format, tensor: HFTensor, entries: tuple[E
 
 
 def _is_kept(old: torch.dtype, new: torch.dtype) -> bool:
-    """Whether every number of one dtype is the same number in the other: scales in bytes, sizes in 32 bits."""
-    return old == new or (old, new) in ((torch.float8_e8m0fnu, torch.float32), (torch.int32, torch.int64))
+    """Whether every number of one dtype is the same number in the other: scales in fewer bytes, sizes in 32 bits."""
+    scales = (torch.float8_e8m0fnu, torch.bfloat16, torch.float16)
+    return old == new or (old in scales and new == torch.float32) or (old, new) == (torch.int32, torch.int64)
 
 
 def _torch_dtype(jobs: Iterable[Job]) -> str:

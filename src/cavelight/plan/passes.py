@@ -1,0 +1,175 @@
+"""What our own engine allocates while tokens go through the model: forward alone, or forward and back. No torch.
+
+Counted from the code of model/, kernels/ and train/loss.py, tensor by tensor; tests hold it to what autograd keeps. The
+way of training on accelerators, which keep less, is in activations.py.
+
+Letters: T tokens that go through together, b bytes of the model's numbers (statistics and logits always have four);
+D hidden size, H heads, N / R / U widths of a head without position, rotary, of values, W the wider of N + R and U;
+C latent rank, I dense FFN width, E experts, K experts a token, F expert width, P the rows that experts get: T * K pairs
+of token and expert, and padding.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from cavelight.spec.config import ModelConfig
+from cavelight.spec.shapes import parameters
+
+Dtype = Literal["float32", "bfloat16"]
+
+LOGITS_AT_ONCE = 512  # train.evaluate: tokens of the head; this and the next number are theirs, tests hold them equal
+PADDED_ROWS = (
+    64  # kernels.experts: in bfloat16, from so many tokens on, an expert's rows are padded to a multiple of it
+)
+
+
+def width(dtype: Dtype) -> int:
+    """Bytes of a number."""
+    return 2 if dtype == "bfloat16" else 4
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A part of the model in the order of the forward pass; all in bytes.
+
+    kept: from the forward to the backward pass. forward, backward: the most besides, while it is under way.
+    gradients: of its parameters, which then stay to the step's end.
+    """
+
+    kept: int
+    forward: int
+    backward: int
+    gradients: int
+
+
+def walk(sections: Iterable[Section]) -> int:
+    """The most bytes at any moment of one micro-batch's way forward and back."""
+    done, live, most = [], 0, 0
+    for section in sections:
+        most = max(most, live + section.kept + section.forward)
+        live += section.kept
+        done.append(section)
+    for section in reversed(done):
+        most = max(most, live + section.backward + section.gradients)
+        live += section.gradients - section.kept
+    return max(most, live)
+
+
+def sections(config: ModelConfig, rows: int, row: int, dtype: Dtype) -> list[Section]:
+    """The sections of `train.loss.losses` on `rows` rows of `row` tokens, in order."""
+    T, b = rows * row, width(dtype)
+    through = Pass(config, T, b)
+    table = parameters(config)
+    weights = {p.name: b * p.size for p in table if p.role != "routing_bias"}
+
+    def gradients(prefix: str) -> int:
+        return sum(size for name, size in weights.items() if name.startswith(prefix))
+
+    def layer(number: int, at: str) -> tuple[Section, Section]:
+        routed = gradients(f"{at}.mlp.experts")
+        return through.attention(gradients(f"{at}.self_attn")), through.ffn(number, gradients(f"{at}.mlp"), routed)
+
+    head, embedding = gradients("lm_head"), gradients("model.embed")
+    made = [Section(through.rotary(), 0, 0, embedding)]
+    for n in range(config.num_hidden_layers):
+        made += layer(n, f"model.layers.{n}")
+    modules = config.num_nextn_predict_layers
+    made.append(through.loss(0 if modules else head, head if modules else 0))
+    for module in range(modules):
+        made.append(through.join(gradients(f"mtp.{module}.eh_proj"), embedding))
+        made += layer(config.num_hidden_layers + module, f"mtp.{module}.block")
+        made.append(through.loss(head, 0) if module == modules - 1 else through.loss(0, head))
+    return made
+
+
+def kept_bytes(config: ModelConfig, rows: int, row: int, dtype: Dtype) -> int:
+    """What autograd keeps of one micro-batch between its forward and its backward pass."""
+    return sum(section.kept for section in sections(config, rows, row, dtype))
+
+
+def forward_bytes(config: ModelConfig, tokens: int, dtype: Dtype) -> int:
+    """The most at any moment of evaluating a batch: from layer to layer nothing is kept but the stream of states."""
+    through = Pass(config, tokens, width(dtype))
+    layers = [through.alone(layer) for layer in range(config.num_hidden_layers)]
+    logits = min(tokens, LOGITS_AT_ONCE) * config.vocab_size * (4 + 4)  # and their log-softmax
+    return max(*layers, logits + through.b * config.hidden_size * tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """T tokens through one part of the model after another, in numbers of b bytes."""
+
+    config: ModelConfig
+    T: int
+    b: int
+
+    def rotary(self) -> int:
+        """cos and sin of R / 2 angles a token."""
+        return 4 * self.config.qk_rope_head_dim * self.T
+
+    def loss(self, gradients: int, again: int) -> Section:
+        """The norm, logits in float32, and their gradient, made with the loss and let go as soon as it is multiplied.
+
+        The head's gradient comes with its last use, the first on the way back; `again`, those of its other uses.
+        """
+        logits = 4 * self.config.vocab_size * self.T
+        kept = self._norm(self.config.hidden_size) + logits + 9 * self.T
+        return Section(kept, logits, max(logits - gradients, again), gradients)
+
+    def join(self, gradients: int, again: int) -> Section:
+        """A prediction module's input: both norms, side by side (V3 report, eq. 21)."""
+        D = self.config.hidden_size
+        norms = 3 if self.config.mtp_hidden == "post_norm" else 2
+        kept = self.rotary() + norms * self._norm(D, used=False) + 2 * self.b * D * self.T
+        if self.b == 4:
+            kept -= 4 * D * self.T  # the hidden state is kept already, by the norm before the head
+        return Section(kept, 2 * self.b * D * self.T, again, gradients)
+
+    def _norm(self, width: int, used: bool = True) -> int:
+        """Its input in float32, 1 / rms, the normalised values, and its output where a product follows."""
+        return (4 * width + 4 + self.b * width * (1 + used)) * self.T
+
+    def attention(self, gradients: int) -> Section:
+        """Norm, latents, expanded keys and values, and the heads' output (kernels.attend.expanded)."""
+        c, b = self.config, self.b
+        H, N, R, U = c.num_attention_heads, c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim
+        C, D, W = c.kv_lora_rank, c.hidden_size, max(N + R, U)
+        latents = b * (C + R) + (4 * R if b == 4 else 0)  # in float32 its norm keeps the whole row it is a part of
+        heads = 4 * b * H * W + (b * H * U if U < W else 0) + 4 * H  # queries, keys, values, output, logsumexp
+        kept = self._norm(D) + self._norm(C, used=False) + (latents + heads) * self.T
+        kept += self._norm(c.q_lora_rank) if c.q_lora_rank else 0
+        return Section(kept, 3 * b * H * W * self.T, b * (D + 6 * H * W) * self.T, gradients)
+
+    def ffn(self, layer: int, gradients: int, routed: int) -> Section:
+        """`routed`: the part of the gradients that belongs to the routed experts; they are made one after another."""
+        c, b, T = self.config, self.b, self.T
+        D, E, K, F = c.hidden_size, c.n_routed_experts or 0, c.num_experts_per_tok, c.moe_intermediate_size
+        if not c.is_moe(layer):
+            wide = b * c.intermediate_size * T
+            return Section(self._norm(D) + 4 * wide, b * D * T, b * D * T + 3 * wide, gradients)
+        P = self.expert_rows()
+        router = (8 * E + 16 * K + 16) * T + (4 * D * (T + E) if b == 2 else 0)  # the bfloat16 gate's float32 copies
+        kept = self._norm(D) + router + b * (P * (D + 2 * F) + K * D * T) + 8 * (P + K * T)
+        kept += 4 * b * (c.n_shared_experts or 0) * F * T
+        gathered = b * (2 * P * D + K * T * D + 4 * P * F) - routed * 2 // 3  # with one of three gradients made
+        finished = b * (2 * P * D + T * D + 4 * P * F)
+        return Section(kept, b * P * (D + F), max(gathered, finished), gradients)
+
+    def alone(self, layer: int) -> int:
+        """The most that a layer takes where no gradient is wanted."""
+        c, b, T = self.config, self.b, self.T
+        D, H, N, U = c.hidden_size, c.num_attention_heads, c.qk_nope_head_dim, c.v_head_dim
+        W = max(N + c.qk_rope_head_dim, U)
+        stream = 2 * b * D * T  # the residual and the normalised one
+        attention = b * H * (5 * W + N + 2 * U) * T
+        if not c.is_moe(layer):
+            return stream + max(attention, 3 * b * c.intermediate_size * T)
+        P, K, F = self.expert_rows(), c.num_experts_per_tok, c.moe_intermediate_size
+        return stream + max(attention, b * (2 * P * D + K * D * T + 3 * P * F))
+
+    def expert_rows(self) -> int:
+        """Pairs of token and expert, and padding: half of the multiple for each expert on average."""
+        pairs = self.T * self.config.num_experts_per_tok
+        padded = self.b == 2 and self.T >= PADDED_ROWS
+        return pairs + (PADDED_ROWS // 2 * (self.config.n_routed_experts or 0) if padded else 0)
