@@ -152,6 +152,8 @@ def test_fields_given_directly_are_checked_as_well() -> None:
     [
         (b"{'hidden_size': 64}", "is not JSON. Got: Expecting property name"),
         (b'{"hidden_size": 64', "is not JSON"),
+        (b'{"hidden_size": ' + b"[" * 100_000, "is not JSON"),
+        (b'{"hidden_size": ' + b"9" * 5_000 + b"}", "is not JSON"),
         (b"\xff\xfe{}", "is not text in UTF-8. Got: invalid start byte at byte 0"),
         (b"[1, 2]", "is not a JSON object. Got: list"),
         (b"{}", "config.json has 19 problems:"),

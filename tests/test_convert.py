@@ -117,8 +117,10 @@ def test_from_one_packed_format_to_another(source: Path, tmp_path: Path) -> None
 )
 def test_another_dtype(tmp_path: Path, dtype: torch.dtype, stored: torch.dtype) -> None:
     source = write(tmp_path / "source", weights(stored))
-    convert(source, tmp_path / "out", PLAIN, dtype=dtype)
+    report = convert(source, tmp_path / "out", PLAIN, dtype=dtype)
     old, new = tensors_of(source), tensors_of(tmp_path / "out")
+    matrices = [name for name in old if not name.endswith("bias")]
+    assert bool(report.largest_error) == any(not torch.equal(new[name].to(stored), old[name]) for name in matrices)
     assert all(torch.equal(new[name], old[name].to(dtype)) for name in old if not name.endswith("bias"))
     assert new[BIAS].dtype == torch.float32
     assert json.loads((tmp_path / "out/config.json").read_text())["torch_dtype"] == str(dtype).removeprefix("torch.")
@@ -307,6 +309,12 @@ def test_numbers_too_large_for_float16(source: Path, tmp_path: Path) -> None:
             convert(folder, tmp_path / f"{folder.name}-16", PLAIN, dtype=torch.float16)
         with pytest.raises(UserError, match=f"{DOWN} holds numbers that are not finite. Got: 1 of .* as float16"):
             read_checkpoint(folder, torch.float16)
+
+
+def test_numbers_too_small_for_float16(source: Path, tmp_path: Path) -> None:
+    change(source, **{DOWN.replace(".", "__"): weights()[DOWN] * 1e-9})
+    with pytest.raises(UserError, match=f"{DOWN} does not fit float16. Got: values of .*e-.* all become zero"):
+        convert(source, tmp_path / "out", PLAIN, dtype=torch.float16)
 
 
 def test_a_copy_that_is_none(source: Path, tmp_path: Path) -> None:

@@ -66,7 +66,14 @@ def test_json_says_the_same(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [("nowhere",), (".", "--level", "all"), (".", "--store"), (".", "--against", "llama.cpp")]
+    "arguments",
+    [
+        ("nowhere",),
+        (".", "--level", "all"),
+        (".", "--store"),
+        (".", "--against", "llama.cpp"),
+        (".", "--text", "config.json"),
+    ],
 )
 def test_what_is_no_checkpoint_or_no_option_leaves_with_2(
     arguments: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -87,6 +94,29 @@ def test_what_mtp_wants_is_stored(better: str | None, configured: str, expected:
     assert after == before | ({"mtp_hidden": expected} if expected else {})
     assert (said is None) == (expected is None)
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_a_configuration_that_is_a_link_is_replaced_and_not_written_through(tmp_path: Path) -> None:
+    """As in the hub's cache, whose files several revisions share."""
+    folder = patient(tiny()).write(tmp_path / "model")
+    shared = (folder / "config.json").rename(tmp_path / "shared.json")
+    (folder / "config.json").symlink_to(shared)
+    before = shared.read_bytes()
+    store_hidden(folder, [Finding("mtp-hidden", "fail", "", 6, {"better": "pre_norm", "configured": "post_norm"})])
+    assert shared.read_bytes() == before and not (folder / "config.json").is_symlink()
+    assert json.loads((folder / "config.json").read_bytes()) == json.loads(before) | {"mtp_hidden": "pre_norm"}
+
+
+def test_a_tokenizer_of_another_model_is_not_run_on(tmp_path: Path) -> None:
+    folder = patient(tiny(vocab_size=262)).write(tmp_path / "model")
+    train_tokenizer(["text of a few words " * 9], 270).save(folder)
+    findings = examine(folder, "model", text="text of a few words " * 500, against="transformers")
+    assert {f.check: f.verdict for f in findings if f.verdict != "pass"} == {
+        "vocabulary": "fail",
+        "token-ids": "fail",
+        "model": "warn",
+        "against": "warn",
+    }
 
 
 def test_the_model_runs_where_there_is_a_tokenizer_and_beside_transformers_in_any_case(tmp_path: Path) -> None:

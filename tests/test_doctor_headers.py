@@ -88,6 +88,13 @@ BROKEN: dict[str, tuple[str, str, int | None, Break]] = {
     "tensor missing": ("shapes", "fail", None, without("layers.0.self_attn.o_proj.weight")),
     "tensor left over": ("shapes", "fail", None, renamed("layers.0.self_attn.o_proj", "layers.0.self_attn.out")),
     "tensor misshapen": ("shapes", "fail", None, misshapen),
+    "layer beyond the last": (
+        "shapes",
+        "fail",
+        None,
+        renamed("layers.0.self_attn.o_proj", "layers.12.self_attn.o_proj"),
+    ),
+    "matrix of integers": ("dtypes", "fail", None, cast("layers.0.self_attn.o_proj.weight", torch.int32)),
     "biases lost": ("shapes", "fail", 5, without("e_score_correction_bias")),
     "MTP lost": ("mtp-stored", "fail", 8, lambda broken: without(*of_mtp(broken))(broken)),
     "MTP not announced": ("mtp-stored", "fail", 8, keys(num_nextn_predict_layers=0)),
@@ -126,6 +133,30 @@ def test_what_is_broken_is_named(name: str, tmp_path: Path) -> None:
     assert tuple(expected) in verdicts(found), found
     for finding in found:
         assert finding.sentence.endswith((".", "?")), finding.sentence
+
+
+def test_a_layer_that_config_does_not_count_is_left_over(tmp_path: Path) -> None:
+    """Without MTP there is nothing else that speaks of layers past the last."""
+    short = patient(tiny(num_hidden_layers=3))
+    short.raw["num_hidden_layers"] = 2
+    found = not_passed(short.examined(tmp_path / "model", "headers"))
+    assert [(finding.check, finding.verdict) for finding in found] == [("shapes", "fail")]
+    assert "model.layers.2." in found[0].sentence and "left over" in found[0].sentence
+
+
+@pytest.mark.parametrize(("dtype", "steps"), [(torch.bfloat16, "steps of 0.008"), (torch.float16, "steps of 0.001")])
+def test_a_coarse_bias_is_said_once_and_in_its_own_steps(dtype: torch.dtype, steps: str, tmp_path: Path) -> None:
+    broken = patient()
+    cast("e_score_correction_bias", dtype)(broken)
+    (found,) = not_passed(broken.examined(tmp_path / "model"))
+    assert (found.check, found.verdict) == ("bias-dtype", "warn") and steps in found.sentence
+
+
+def test_other_kinds_of_stretching_are_refused_without_advice_on_yarn(tmp_path: Path) -> None:
+    broken = patient()
+    broken.raw["rope_scaling"] = {"type": "linear", "factor": 4.0}
+    found = not_passed(broken.examined(tmp_path / "model", "headers"))
+    assert [finding.check for finding in found] == ["config"]
 
 
 def test_the_same_unbroken(tmp_path: Path) -> None:

@@ -39,12 +39,23 @@ def of_sound() -> tuple[Finding, ...]:
 
 def test_a_model_read_as_it_was_trained_passes() -> None:
     assert [finding.check for finding in of_sound() if finding.verdict != "pass"] == []
-    assert {finding.check for finding in of_sound()} >= {"rope-pairing", "group-limit-read", "gate-weights", "routed-scale"}
+    assert {finding.check for finding in of_sound()} >= {
+        "rope-pairing",
+        "group-limit-read",
+        "gate-weights",
+        "routed-scale",
+    }
     by_check = {finding.check: finding for finding in of_sound()}
     assert by_check["rope-pairing"].value["readings"]["rotary queries in halves"]["saved"] < -0.5
     assert by_check["routing-bias-read"].value["readings"]["routing biases of zero"]["saved"] < -0.02
     assert "costs" in by_check["rope-pairing"].sentence
     assert "makes no difference" in by_check["norm-eps"].sentence
+
+
+def test_a_text_that_repeats_itself_tells_nothing() -> None:
+    """Knowing its one letter already predicts it, which ln V does not show."""
+    (found,) = probe(learnt(), [3] * 2500)
+    assert (found.check, found.verdict) == ("probes", "pass") and "0.00 is chance" in found.sentence
 
 
 def with_halves(model: Transformer) -> None:

@@ -124,6 +124,8 @@ SOUND: dict[str, Maker] = {
     "V3 in fp8, MTP left plain": mtp_left_plain,
     "V3 in int8": converted(small("deepseek-v3"), INT8),
     "Moonlight in int4": converted(small("moonlight-16b-a3b"), INT4),
+    "Moonlight in int4, from float16": converted(small("moonlight-16b-a3b"), INT4, dtype=FP16),
+    "Moonlight in fp8, from float16": converted(small("moonlight-16b-a3b"), FP8, dtype=FP16),
     "V2 from int8 back": converted(small("deepseek-v2"), INT8, PLAIN, dtype=FP32),
     "with a tokenizer": with_tokenizer,
 }

@@ -137,6 +137,20 @@ def test_a_base_model_needs_no_template(tmp_path: Path) -> None:
     assert [finding.check for finding in not_passed(examine(folder, "headers"))] == ["chat"]
 
 
+def test_a_template_of_null_is_none(tmp_path: Path) -> None:
+    folder = sound(tmp_path)
+    settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8")) | {"chat_template": None}
+    edit_text(folder / SETTINGS, json.dumps(settings))
+    assert not_passed(examine(folder, "headers")) == []
+
+
+def test_what_the_template_writes_twice_is_taken_out_of_it(tmp_path: Path) -> None:
+    folder = sound(tmp_path)
+    edit(SETTINGS, chat_template="{{ bos_token }}" + CHAT_TEMPLATE)(folder)
+    (found,) = not_passed(examine(folder, "headers"))
+    assert found.sentence.endswith("take one out of the template.") and "add_bos_token" not in found.sentence
+
+
 @pytest.mark.parametrize("value", [-1, 1e400, "x", [[]], {"a": 1}, True], ids=repr)
 def test_ids_of_any_kind_are_survived(value: object, tmp_path: Path) -> None:
     folder = sound(tmp_path)

@@ -139,6 +139,32 @@ def test_what_is_broken_is_named(name: str, tmp_path: Path) -> None:
     assert (found[check].verdict, found[check].trap) == (verdict, trap), found[check].sentence
 
 
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        (BIAS, (7,)),
+        (GATE, (8, 3)),
+        (f"model.layers.{MTP}.eh_proj.weight", (64, 64)),
+        (f"model.layers.{MTP}.enorm.weight", (5,)),
+        ("model.layers.2.self_attn.q_b_proj.weight", (7, 5)),
+        ("model.layers.2.self_attn.kv_a_proj_with_mqa.weight", (3, 64)),
+        ("model.embed_tokens.weight", (5, 64)),
+        ("model.embed_tokens.weight", None),
+        ("model.norm.weight", (64, 1)),
+    ],
+)
+def test_tensors_that_do_not_fit_are_survived_and_the_others_examined(
+    name: str, shape: tuple[int, ...] | None, tmp_path: Path
+) -> None:
+    broken = patient()
+    del broken.tensors[name]
+    if shape:
+        broken.tensors[name] = torch.rand(shape)
+    broken.tensors["model.layers.1.self_attn.o_proj.weight"][0, 0] = torch.nan
+    failed = {finding.check for finding in broken.examined(tmp_path / "model") if finding.verdict == "fail"}
+    assert "finite" in failed and failed & {"shapes", "mtp-stored"}
+
+
 def test_the_same_unbroken(tmp_path: Path) -> None:
     """Every check that names what is broken above has looked here, and is content."""
     findings = patient().examined(tmp_path / "model")

@@ -161,7 +161,7 @@ def test_transformers_saves_and_opens_what_we_make_of_it(tmp_path: Path, name: s
     ours = Checkpoint(tmp_path / "hf")
     biases = {n: t.float() for n, t in tensors.items() if n.endswith("correction_bias")}
     assert_same({n: ours.tensor(n) for n in ours.shapes}, tensors | biases)
-    assert ours.raw["model_type"] == (family.model_type or config.model_type)
+    assert ours.raw["model_type"] == config.model_type  # a name of its own needs code that did not come along
     before, after = (opened(tmp_path / folder, config, dtype=torch.float32) for folder in ("saved", "hf"))
     assert_same(dict(before.state_dict()), dict(after.state_dict()))
     assert distance(read_checkpoint(tmp_path / "hf", torch.float32), after, some_tokens(config, 40)) <= CLOSE

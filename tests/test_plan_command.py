@@ -82,7 +82,8 @@ def test_screens_lose_nothing(
     shown = capsys.readouterr().out
     assert max(map(len, shown.splitlines())) <= columns
     assert "…" not in shown
-    assert ("what to change first" in shown) == (options.device is not None)
+    if model == "deepseek-v3":
+        assert ("what to change first" in shown) == (options.device is not None)
 
 
 @pytest.mark.parametrize("batch", [1, 3, 40])
@@ -141,6 +142,7 @@ def test_other_models(name: str, capsys: pytest.CaptureFixture[str]) -> None:
         (replace(TRAIN, tokens="lots"), "no number of tokens"),
         (replace(SERVE, devices=Path("nowhere.toml")), "cannot be read"),
         (replace(SERVE, context="1000m"), "do not hold one sequence"),
+        (replace(SERVE, context="9" * 5000), "no number of tokens"),
     ],
 )
 def test_mistakes(options: PlanOptions, says: str) -> None:

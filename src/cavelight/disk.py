@@ -12,13 +12,18 @@ from pathlib import Path
 
 from cavelight.errors import UserError
 
+UNWRITABLE = {
+    *(errno.EACCES, errno.EROFS, errno.EPERM, errno.EBUSY),
+    *(errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP),
+}
+
 
 @contextmanager
 def file_beside(path: Path) -> Iterator[Path]:
     """Yield a scratch path next to `path`; on success it is flushed and becomes `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}.part")
     with clear_disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield scratch
             _flush(scratch)
@@ -30,10 +35,10 @@ def file_beside(path: Path) -> Iterator[Path]:
 @contextmanager
 def folder_beside(path: Path) -> Iterator[Path]:
     """Yield a scratch folder next to `path`; on success it becomes `path`, replacing what was there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}.part")
     old = path.with_name(f".{path.name}.{os.getpid()}.old")
     with clear_disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
             shutil.rmtree(scratch, ignore_errors=True)
             scratch.mkdir()
@@ -65,9 +70,9 @@ def clear_disk_errors(path: Path) -> Iterator[None]:
                 why="nothing was overwritten; what stood there before is unchanged",
                 do="free some space or choose another folder, then run the same command again",
             ) from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+        if error.errno in UNWRITABLE:
             raise UserError(
-                f"{path} cannot be written", got=error.strerror or "", do="choose a folder that you may write to"
+                f"{path} cannot be written", got=error.strerror or "", do="choose another folder, one you may write to"
             ) from error
         raise
 

@@ -15,7 +15,7 @@ from cavelight.cli.progress import screen
 from cavelight.cli.screen import OUT, duration, say_json
 from cavelight.disk import file_beside
 from cavelight.errors import UserError
-from cavelight.spec.events import Saved
+from cavelight.spec.events import Note, Saved
 
 if TYPE_CHECKING:
     from cavelight.doctor.findings import Finding, Verdict
@@ -45,13 +45,16 @@ def doctor(
         raise UserError(f"There is no level {level!r}", do=f"choose one of {', '.join(LEVELS)}")
     if store and level != "model":
         raise UserError("--store needs --level model", why="only running the model shows what its MTP is fed")
+    if text is not None and level != "model" and against is None:
+        raise UserError("--text needs --level model or --against", why="nothing else reads a text")
     words = None if text is None else _read(text)
     began = time.monotonic()
     with screen(f"examining {source}", as_json) as listen:
         folder = checkpoint_folder(local_folder(source, revision, listen))
         findings = worst_first(examine(folder, level, words, against, listen))
-        if store and (said := store_hidden(folder, findings)):
-            listen(Saved(folder / "config.json", said))
+        if store:
+            said = store_hidden(folder, findings)
+            listen(Saved(folder / "config.json", said) if said else Note("--store: mtp_hidden stays as it was"))
     seconds = time.monotonic() - began
     if as_json:
         say_json(_report(folder, level, findings, seconds))

@@ -87,6 +87,8 @@ def yarn(case: Case) -> Iterator[Finding]:
     if not isinstance(factor, int | float) or factor == 1 or abs(factor) > 1e9:  # the last is for config to refuse
         yield passed("yarn", "Positions are not stretched (no YaRN), so there is no scale to mistake.")
         return
+    if (rope.get("rope_type") or rope.get("type") or "default") not in ("yarn", "default"):
+        return  # config refuses other kinds of stretching
     problems = list(_yarn_problems(rope, float(factor), case.raw))
     yield from problems
     if not problems:

@@ -20,7 +20,7 @@ from cavelight.weights.stored import Checkpoint
 Level = Literal["headers", "weights", "model"]
 LEVELS: tuple[Level, ...] = get_args(Level)
 ON_HEADERS = (*configuration.CHECKS, *headers.CHECKS, *tokens.CHECKS)
-ON_WEIGHTS = (*weights.CHECKS, *routing.CHECKS, *prediction.CHECKS, *rotary.CHECKS)
+ON_FITTING = (*routing.CHECKS, *prediction.CHECKS, *rotary.CHECKS)  # which rely on shapes
 
 
 def examine(
@@ -60,5 +60,8 @@ def on_weights(case: Case, on_event: Callable[[Event], None]) -> Iterator[Findin
             yield failed("weights", f"The weights were not examined: {refusal}")
         return
     found = gather(checkpoint, on_event)
-    for check in ON_WEIGHTS:
+    for check in weights.CHECKS:
         yield from check(case, found)
+    fitting = found.fitting({name: tensor.shape for name, tensor in case.wanted.items()})
+    for check in ON_FITTING:
+        yield from check(case, fitting)

@@ -14,6 +14,7 @@ from cavelight.weights.headers import CODES, abbreviated, read_index
 
 FEW = 3  # names in a sentence
 FLOAT8 = {torch.float8_e4m3fn, torch.float8_e5m2}
+PLAIN_DTYPES = {torch.bfloat16, torch.float16, torch.float32}
 INEXACT_TOTAL = 0.01  # by this share released indices differ from their tensors
 
 
@@ -27,7 +28,8 @@ def files(case: Case) -> Iterator[Finding]:
     size = sum(entry.nbytes for entry in case.entries.values())
     yield passed(
         "files",
-        f"{len(case.entries):,} tensors, {size / 1e9:,.3g} GB, in {len(shards):,} files, all headers sound.",
+        f"{len(case.entries):,} tensors, {size / 1e9:,.3g} GB, in {len(shards):,} file{'s' * (len(shards) > 1)}, "
+        "all headers sound.",
         tensors=len(case.entries),
         bytes=size,
         files=len(shards),
@@ -56,14 +58,14 @@ def shapes(case: Case) -> Iterator[Finding]:
     """Every tensor that the configuration asks for, none besides; MTP's have a check of their own."""
     if case.config is None or case.entries is None:
         return
-    found, layers = case.fit, case.config.num_hidden_layers
-    modules = mtp_layers(case.entries)
+    found, config = case.fit, case.config
+    modules = mtp_layers(case.entries) | set(range(config.num_hidden_layers, config.num_layers_with_mtp))
     for kind, names in (("missing", found.missing), ("left over", found.left_over), ("misshapen", found.misshapen)):
-        names = [name for name in names if (layer := _layer(name)) is None or (layer < layers and layer not in modules)]
+        names = [name for name in names if _layer(name) not in modules]
         if names:
             trap, advice = _advice(kind, names)
-            verb = "is" if len(names) == 1 else "are"
-            yield failed("shapes", f"{len(names):,} tensors {verb} {kind} ({abbreviated(names, FEW)}): {advice}.", trap)
+            count = "1 tensor is" if len(names) == 1 else f"{len(names):,} tensors are"
+            yield failed("shapes", f"{count} {kind} ({abbreviated(names, FEW)}): {advice}.", trap)
     if not (found.missing or found.left_over or found.misshapen):
         yield passed("shapes", "Every tensor that config.json asks for is there, in its shape, and no other.")
 
@@ -107,8 +109,8 @@ def mtp_stored(case: Case) -> Iterator[Finding]:
     if broken:
         yield failed(
             "mtp-stored",
-            f"The MTP modules are not whole: {abbreviated(broken, FEW)} missing, left over or misshapen; drafts would "
-            "fail without any error elsewhere: convert again, or set num_nextn_predict_layers to 0.",
+            f"The MTP modules are not whole, with tensors missing, left over or misshapen ({abbreviated(broken, FEW)}); "
+            "drafts would fail without any error elsewhere: convert again, or set num_nextn_predict_layers to 0.",
             8,
         )
     elif copies:
@@ -120,13 +122,13 @@ def mtp_stored(case: Case) -> Iterator[Finding]:
         )
     else:
         said = f"{len(modules)} MTP module{'s' * (len(modules) > 1)}"
-        yield passed("mtp-stored", f"{said}, whole, with copies, as layer {min(modules)} after the last.", 8)
+        yield passed("mtp-stored", f"{said}, whole, with copies, from layer {min(modules)} on, after the last.", 8)
 
 
 def _misplaced(modules: set[int], announced: set[int], layers: int) -> str:
     if not modules:
         return (
-            f"config.json announces {len(announced)} MTP modules and the files hold none (transformers for one drops "
+            f"config.json announces MTP modules ({len(announced)}) and the files hold none (transformers for one drops "
             "them when it saves): take them from the original, or set num_nextn_predict_layers to 0."
         )
     at = abbreviated([str(layer) for layer in sorted(modules)], FEW)
@@ -146,17 +148,27 @@ def dtypes(case: Case) -> Iterator[Finding]:
     if case.entries is None:
         return
     by_name = {name: entry.dtype for name, entry in case.entries.items()}
-    coarse = [n for n, d in by_name.items() if n.endswith("e_score_correction_bias") and d != torch.float32]
+    odd = [n for n in case.wanted if n in by_name and n not in case.fit.packed and by_name[n] not in PLAIN_DTYPES]
+    odd = [n for n in odd if by_name[n] not in FLOAT8]  # which gates and scales are asked about below
+    if odd:
+        yield failed(
+            "dtypes",
+            f"Of {abbreviated(odd, FEW)} the dtype is {CODES[by_name[odd[0]]]}, where weights are BF16, F16 or F32 "
+            "unless config.json says how they are packed: convert again from the original.",
+        )
+    biases = {n: d for n, d in by_name.items() if n.endswith("e_score_correction_bias")}
+    coarse = [n for n, d in biases.items() if d.is_floating_point and d.itemsize < 4]
     if coarse:
-        dtype = CODES[by_name[coarse[0]]]
+        dtype = by_name[coarse[0]]
         yield warned(
             "bias-dtype",
-            f"{len(coarse)} routing biases are {dtype} ({coarse[0]}, ...): near 2 that is steps of 0.016, where an "
-            "update is 0.001, so experts tie and further training stands still; keep them float32.",
+            f"Routing biases of {len(coarse)} layers are {CODES[dtype]} ({coarse[0]}, ...): between 1 and 2 that is "
+            f"steps of {torch.finfo(dtype).eps:.1g}, where an update is 0.001, so experts tie and further training "
+            "stands still; keep them float32.",
             5,
             layers=len(coarse),
         )
-    elif any(n.endswith("e_score_correction_bias") for n in by_name):
+    elif biases and set(biases.values()) == {torch.float32}:
         yield passed("bias-dtype", "Routing biases are float32.", 5)
     gates = [n for n, d in by_name.items() if n.endswith("mlp.gate.weight") and d.itemsize < 2]
     if gates:
@@ -180,7 +192,7 @@ def _mixture(case: Case, by_name: Mapping[str, torch.dtype]) -> Iterator[Finding
             f"{len(odd):,} of {len(plain):,} plain matrices are not {CODES[usual]} like the rest "
             f"({abbreviated(odd, FEW)}): engines cast all to one dtype, so check that this was meant.",
         )
-    elif torch.float16 not in kinds and case.config is not None and case.config.torch_dtype == "float16":
+    elif kinds and torch.float16 not in kinds and case.config is not None and case.config.torch_dtype == "float16":
         yield warned(
             "dtypes",
             "config.json says float16, but no matrix is: values past 65,504 overflow in engines that believe it; "

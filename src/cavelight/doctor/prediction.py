@@ -24,14 +24,15 @@ UNEVEN, EVEN = 2.0, 1.3  # spread of row norms, in that of random numbers: six m
 
 def copies(case: Case, found: Statistics) -> Iterator[Finding]:
     """Trap 8: the copies of embedding and head hold what the originals hold."""
-    pairs = [(name, t.parts[0].name) for name, t in case.wanted.items() if t.is_copy and name in found.tensors]
+    pairs = [(name, t.parts[0].name) for name, t in case.wanted.items() if t.is_copy]
+    pairs = [pair for pair in pairs if all(name in found.tensors for name in pair)]
     different = [
         copy for copy, original in pairs if found.tensors[copy].fingerprint != found.tensors[original].fingerprint
     ]
     if different:
         yield failed(
             "mtp-copies",
-            f"{abbreviated(different, FEW)} differ from the trunk's, which MTP shares by design: engines that load the "
+            f"Copies differ from the trunk's ({abbreviated(different, FEW)}), which MTP shares by design: engines that load the "
             "copies and those that share draft differently; store the trunk's.",
             8,
         )
@@ -54,19 +55,19 @@ def untrained(case: Case, found: Statistics) -> Iterator[Finding]:
         if own and all(s.is_constant for s in own):
             yield failed(
                 "mtp-untrained",
-                f"All norms of MTP module {layer} are constant while the trunk's are trained: the module is as "
+                f"All norms of the MTP module in layer {layer} are constant while the trunk's are trained: the module is as "
                 "initialisation left it and its drafts are noise; take it from the original or leave it out.",
                 6,
             )
         elif median(unevenness(found, prefix)) < EVEN and _trunk_unevenness(case, found) > UNEVEN:
             yield warned(
                 "mtp-untrained",
-                f"The rows of MTP module {layer}'s attention are as even as random numbers, unlike the trunk's: the "
+                f"The rows of attention in layer {layer}, an MTP module, are as even as random numbers, unlike the trunk's: the "
                 "module looks hardly trained; measure its drafts with --level model.",
                 6,
             )
         else:
-            yield passed("mtp-untrained", f"MTP module {layer} has been trained.", 6)
+            yield passed("mtp-untrained", f"The MTP module in layer {layer} has been trained.", 6)
 
 
 def unevenness(found: Statistics, prefix: str) -> list[float]:

@@ -30,7 +30,7 @@ MOST_TOKENS, WINDOW, FEWEST_TOKENS = 4096, 1024, 256
 Part = TypeVar("Part", bound=nn.Module)
 CLEAR = 6.0  # standard errors; with some thirty readings tried, luck does not reach it
 NOTICEABLE = 0.02  # nats a token
-LEARNT = 0.5  # nats a token below ln V that some reading must reach for the text to tell anything
+LEARNT = 0.5  # nats a token below chance that some reading must reach for the text to tell anything
 V3_YARN = Yarn(factor=40.0, original_max_position_embeddings=4096, mscale=1.0, mscale_all_dim=1.0)
 
 
@@ -71,7 +71,8 @@ def probe(
 
     tokens_T: of real text, some thousands if there are so many (4,096 are used at most). Fails the check whose reading
     saves most, if that is sure and more than 0.02 nats a token; others that save something are warnings, since one
-    mistake may partly make up for another. A model that predicts no better than chance in any reading is not tested.
+    mistake may partly make up for another. A model that predicts no better than chance in any reading is not tested;
+    chance is ln V, or what knowing how often each token occurs is worth, whichever is less.
     """
     V, config = model.config.vocab_size, model.config
     rows = windows(tokens_T, min(WINDOW, config.max_position_embeddings), MOST_TOKENS)
@@ -84,10 +85,17 @@ def probe(
         on_event(Phase("other readings", done, len(probes), "readings"))
         tried.append(Tried(each, *mean_and_z(configured_T - nats(each.build(model), rows))))
     on_event(Phase("other readings", len(probes), len(probes), "readings"))
-    if not loss - max(0.0, *(one.saved for one in tried)) <= math.log(V) - LEARNT:  # NaN too
-        said = f"the model predicts the text no better than chance ({loss:.2f} nats a token, ln V is {math.log(V):.2f})"
+    chance = min(math.log(V), _entropy(torch.cat([tokens_BW[:, 1:].flatten() for tokens_BW in rows])))
+    if not loss - max(0.0, *(one.saved for one in tried)) <= chance - LEARNT:  # NaN too
+        said = f"the model predicts the text no better than chance ({loss:.2f} nats a token; {chance:.2f} is chance)"
         return [passed("probes", f"Other readings were not tested: {said}.", nats=loss)]
     return findings_of(loss, tried)
+
+
+def _entropy(tokens_T: Tensor) -> float:
+    """Of how often each token occurs, in nats: a text that repeats itself is no test of a model."""
+    shares = torch.bincount(tokens_T).double() / len(tokens_T)
+    return float(torch.special.entr(shares).sum())
 
 
 def findings_of(loss: float, tried: Sequence[Tried]) -> list[Finding]:

@@ -23,7 +23,7 @@ def biases(case: Case, found: Statistics) -> Iterator[Finding]:
     values = {s.name: s.values for s in found.ending("e_score_correction_bias") if s.values is not None and not s.bad}
     if not values or case.config is None:
         return
-    problems = [*_negative(values, case.config), *_lost(values, case, found), *_coarse(values)]
+    problems = [*_negative(values, case.config), *_lost(values, case, found), *_coarse(values, case)]
     problems += _unreachable(values, case.config)
     yield from problems
     if not problems:
@@ -68,11 +68,12 @@ def _lost(values: dict[str, Tensor], case: Case, found: Statistics) -> Iterator[
         )
 
 
-def _coarse(values: dict[str, Tensor]) -> Iterator[Finding]:
+def _coarse(values: dict[str, Tensor], case: Case) -> Iterator[Finding]:
+    fine = {name for name, entry in (case.entries or {}).items() if entry.dtype == torch.float32}
     coarse = [
         name
         for name, bias_E in values.items()
-        if bias_E.unique().numel() > 2 and torch.equal(bias_E.bfloat16().float(), bias_E)
+        if name in fine and bias_E.unique().numel() > 2 and torch.equal(bias_E.bfloat16().float(), bias_E)
     ]
     if coarse:
         yield warned(
@@ -128,7 +129,7 @@ def gates(case: Case, found: Statistics) -> Iterator[Finding]:
     double: list[str] = []
     for summary in found.ending("mlp.gate.weight"):
         squares_E, sums_E = summary.squares_I, summary.sums_I
-        if squares_E is None or sums_E is None or summary.bad or summary.is_constant:
+        if squares_E is None or sums_E is None or summary.bad or summary.is_constant or not squares_E.isfinite().all():
             continue
         empty += [f"{summary.name} row {e}" for e in torch.nonzero(squares_E <= TINY * squares_E.median()).flatten()]
         keys = list(zip(squares_E.tolist(), sums_E.tolist(), strict=True))

@@ -58,7 +58,7 @@ def beside_another(case: Case, engine: str, text: str | None, on_event: Callable
 def tokens_of(case: Case, text: str | None) -> list[int]:
     """Some thousands of tokens of `text`, or of modules of Python's library that our own training never sees.
 
-    Raises UserError where there is no tokenizer.
+    Raises UserError where there is no tokenizer, and where it is another model's.
     """
     tokenizer = Tokenizer.load(case.folder)
     texts = (document.text for document in stdlib_corpus().held) if text is None else iter((text,))
@@ -67,7 +67,14 @@ def tokens_of(case: Case, text: str | None) -> list[int]:
         tokens_T += [tokenizer.bos_id, *tokenizer.encode(one[: 8 * MOST_TOKENS])]
         if len(tokens_T) >= MOST_TOKENS:
             break
-    return tokens_T[:MOST_TOKENS]
+    tokens_T = tokens_T[:MOST_TOKENS]
+    if case.config is not None and max(tokens_T) >= case.config.vocab_size:
+        raise UserError(
+            "The tokenizer makes ids that the model has not",
+            got=f"{max(tokens_T):,} with a vocab_size of {case.config.vocab_size:,}",
+            do="use the tokenizer that the model was trained with",
+        )
+    return tokens_T
 
 
 def _memory() -> int:

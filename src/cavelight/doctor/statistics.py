@@ -7,7 +7,7 @@ Letters: I rows, J columns of a matrix; vectors are one column.
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -67,6 +67,11 @@ class Statistics:
     tensors: Mapping[str, Summary]
     scales: Mapping[str, float]
     refused: Mapping[str, UserError]
+
+    def fitting(self, shapes: Mapping[str, tuple[int, ...]]) -> "Statistics":
+        """The same without tensors whose shape is another than they should have, or that should not be there."""
+        kept = {name: summary for name, summary in self.tensors.items() if shapes.get(name) == summary.shape}
+        return replace(self, tensors=kept)
 
     def ending(self, *suffixes: str) -> Iterator[Summary]:
         """Summaries of the tensors whose name ends so, in the order of the files."""

@@ -30,7 +30,7 @@ def tokens(case: Case) -> Iterator[Finding]:
     yield from _size(case, tokenizer)
     yield from _ids(case, tokenizer, generation)
     yield from _padding(case, tokenizer, settings)
-    if "chat_template" in settings or (case.folder / "chat_template.jinja").is_file():
+    if settings.get("chat_template") or (case.folder / "chat_template.jinja").is_file():
         yield from _chat(tokenizer, adds_bos(definition, settings))
     else:
         yield passed("chat", "There is no chat template, as for a base model.", 10)
@@ -113,11 +113,15 @@ def _chat(tokenizer: Tokenizer, adds: bool) -> Iterator[Finding]:
         return
     starts = next((n for n, token in enumerate(prompt) if token != tokenizer.bos_id), len(prompt))
     if starts > 1 or (starts == 1 and adds):
-        why = "the template writes it twice" if starts > 1 else "the template writes it and the tokenizer adds it"
+        if starts > 1:
+            why, do = "the template writes it twice", "take one out of the template"
+        else:
+            why = "the template writes it and the tokenizer adds it"
+            do = "set add_bos_token to false, or take it out of the template"
         yield warned(
             "chat",
             f"A prompt begins with {tokenizer.token(tokenizer.bos_id)} twice, since {why}, which the model never saw: "
-            "set add_bos_token to false, or take it out of the template.",
+            f"{do}.",
             10,
         )
     else:

@@ -59,12 +59,6 @@ def share(config: ModelConfig, layout: Layout, rank: int = 0, form: Form = "bf16
     )
 
 
-def largest_share(config: ModelConfig, layout: Layout, form: Form = "bf16", mtp: bool = True) -> Share:
-    """The part of the pipeline rank that holds most bytes."""
-    ranks = (share(config, layout, rank, form, mtp) for rank in range(layout.pipeline))
-    return max(ranks, key=lambda part: part.bytes)
-
-
 @lru_cache(maxsize=16384)
 def stored_bytes(p: Parameter, form: Form) -> float:
     """Bytes of a parameter in memory, in a checkpoint's format or in plain float32."""

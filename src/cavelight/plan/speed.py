@@ -50,11 +50,6 @@ class Decode:
     def seconds(self) -> float:
         return sum(self.parts.values())
 
-    @property
-    def bound(self) -> str:
-        """The part that takes longest."""
-        return max(self.parts, key=lambda part: self.parts[part])
-
 
 def distinct_experts(config: ModelConfig, tokens: float) -> float:
     """Expected number of a layer's experts that so many tokens touch: E (1 - (1 - K/E)^tokens)."""
@@ -161,10 +156,6 @@ class Prefill:
     parts: dict[str, float]
     per_device: float
     first_token: float
-
-    @property
-    def bound(self) -> str:
-        return max(self.parts, key=lambda part: self.parts[part])
 
 
 CHUNK = 4096  # tokens that go through a layer together on each data rank

@@ -32,7 +32,7 @@ def tokens_of(text: str) -> int:
     number = text.strip().lower()
     suffix = number[-1:] if number[-1:] in ("k", "m") else ""
     digits = number.removesuffix(suffix)
-    if not (digits.isascii() and digits.isdigit() and int(digits) > 0):
+    if not (digits.isascii() and digits.isdigit() and len(digits) <= 15 and int(digits) > 0):
         raise UserError("That is no number of tokens", got=repr(text), do="write for example 4096 or 128k")
     return int(digits) * _SUFFIXES[suffix]
 

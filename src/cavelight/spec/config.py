@@ -160,6 +160,8 @@ class ModelConfig(BaseModel):
         except json.JSONDecodeError as error:
             got = f"{error.msg} at line {error.lineno}, column {error.colno}"
             raise UserError(f"{file} is not JSON", got=got, do=do) from error
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits, a thousand brackets
+            raise UserError(f"{file} is not JSON of a configuration", got=str(error), do=do) from error
         if not isinstance(raw, dict):
             raise UserError(f"{file} is not a JSON object", got=type(raw).__name__, do=do)
         return cls.from_hf(raw, source=str(file))

@@ -156,7 +156,9 @@ def _yarn_fields(where: str, value: Mapping[str, Any], problems: list[str]) -> d
     kinds = {str(kind) for kind in (value.get("type"), value.get("rope_type")) if kind is not None} or {"default"}
     if kinds == {"default"}:
         if value.get("factor") not in (None, 1):
-            problems.append(f"{where} has a factor ({value['factor']!r}) but is not of type yarn: positions would not be stretched")
+            problems.append(
+                f"{where} has a factor ({value['factor']!r}) but is not of type yarn: positions would not be stretched"
+            )
         return None
     if kinds != {"yarn"}:
         problems.append(f"{where} has type {' and '.join(sorted(kinds))}, but only yarn and default are known")

@@ -171,13 +171,13 @@ def _compare(
         for job, (count, error) in zip(work.jobs, results, strict=True):
             progress.tell()
             compared += count
-            if error is not None:
+            if error:
                 errors[job.role] = max(error, errors.get(job.role, 0.0))
     return compared, dict(sorted(errors.items()))
 
 
 def _sample(source: Checkpoint, output: Checkpoint, work: Worklist, job: Job) -> tuple[int, float | None]:
-    """Some rows of one tensor: how many values, and of a lossy rule the largest relative error."""
+    """Some rows of one tensor: how many values, and of a rule that may lose something the largest relative error."""
     rows, chance = job.tensor.shape[0], random.Random(job.name)
     starts = [chance.randrange(rows) for _ in range(0, rows, ROWS_A_SAMPLE)]
     places = [(start, min(start + SAMPLE_ROWS, rows)) for start in starts]
@@ -190,7 +190,10 @@ def _sample(source: Checkpoint, output: Checkpoint, work: Worklist, job: Job) ->
             errors.append(_lossy(source, output, job, start, stop))
             continue
         ours = output.rows(job.name, start, stop)
-        theirs = source.rows(job.source, start, stop, ours.dtype)
+        exact = source.rows(job.source, start, stop, torch.float32)
+        theirs = exact.to(ours.dtype)
+        if job.rule == "cast":
+            errors.append(_share_of_row(ours.float() - exact, exact))
         theirs = for_export(theirs, work.options.shift_biases) if job.rule == "bias shifted" else theirs
         if not torch.equal(ours, theirs):
             raise _unexplained(f"Values that were to be {job.rule} are not", [job.name])
@@ -210,8 +213,14 @@ def _lossy(source: Checkpoint, output: Checkpoint, job: Job, start: int, stop: i
     error_OI = (x_OI - y_OI).abs()
     if bool((error_OI > _allowed(x_OI, scale_OI, output.format)).any()):
         raise _unexplained(f"Values lost more than {job.rule} explains", [job.name])
-    most_O = x_OI.abs().amax(dim=1).clamp(min=torch.finfo(torch.float32).tiny)
-    return float((error_OI.amax(dim=1) / most_O).max())
+    return _share_of_row(error_OI, x_OI)
+
+
+def _share_of_row(error: Tensor, x: Tensor) -> float:
+    """The largest error, as a share of the largest value of its row; of one-dimensional tensors, of itself."""
+    most = x.abs().flatten(1).amax(dim=1) if x.dim() > 1 else x.abs()
+    worst = error.abs().flatten(1).amax(dim=1) if x.dim() > 1 else error.abs()
+    return float((worst / most.clamp(min=torch.finfo(torch.float32).tiny)).max())
 
 
 def _allowed(x_OI: Tensor, scale_OI: Tensor, format: Format) -> Tensor:

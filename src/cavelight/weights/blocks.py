@@ -67,6 +67,12 @@ def _from_plain(rows: Tensor, options: Options, job: Job, last: bool) -> Stored:
             got=f"values up to {largest:,.6g}; the largest possible is {possible:,.6g}",
             do="choose bfloat16 or float32",
         )
+    if values.any() and not cast.any():
+        raise UserError(
+            f"{job.name} does not fit {name_of(job.dtype)}",
+            got=f"values of {float(values.abs().max()):.3g} at most, which all become zero",
+            do="choose bfloat16 or float32",
+        )
     return {job.name: cast}
 
 

@@ -182,7 +182,7 @@ def _write_rest(source: Checkpoint, work: Worklist, folder: Path) -> tuple[list[
     for name in taken:
         shutil.copyfile(files[name], folder / name)
     extra = {key: value for key, value in source.config.extra.items() if key not in OF_OTHER_FILES}
-    extra |= {"auto_map": source.raw["auto_map"]} if keeps_code else {}
+    extra |= {key: source.raw[key] for key in ("auto_map", "model_type")} if keeps_code else {}
     quantization = work.options.format.quantization_config(_plain_linears(work))
     extra |= {"quantization_config": quantization} if quantization else {}
     write_json(folder / "config.json", work.config.replace(extra=extra).to_hf())

@@ -63,7 +63,7 @@ class Unfinished:
         lines, end = _whole_lines(self._journal)
         os.truncate(self._journal, end)
         self.emptied = bool(lines) and not self.model.is_dir()
-        if self.emptied or not lines:
+        if self.emptied or not lines or (len(lines) == 1 and lines[0] != task):  # nothing of it was made yet
             shutil.rmtree(self.model, ignore_errors=True)
             self.model.mkdir()
             os.truncate(self._journal, 0)

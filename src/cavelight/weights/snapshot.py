@@ -35,8 +35,8 @@ CHECKPOINT_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
-# Keys of a config.json that describe files which are not written: packed weights, Python code.
-OF_OTHER_FILES = {"quantization_config", "auto_map"}
+# Keys of a config.json that describe files which are not written: packed weights, Python code and the name it goes by.
+OF_OTHER_FILES = {"quantization_config", "auto_map", "model_type"}
 
 
 class SavesTokenizer(Protocol):
