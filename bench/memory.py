@@ -78,7 +78,7 @@ class Training(Case):
 
     @property
     def settings(self) -> str:
-        return f"{self.rows} rows of {self.row}, {self.micro} at once, {self.threads} threads"
+        return f"{self.rows} rows of {self.row}, {self.micro} at once, {self.threads} thread{'s' * (self.threads > 1)}"
 
     def predicted(self, runtime: int) -> Memory:
         return training_here(

@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 
 from bench.provenance import commit, leave_with, machine
-from cavelight.api import checkpoint_folder, load
+from cavelight.api import load
 from cavelight.cli.progress import screen
 from cavelight.data.batches import tokenize
 from cavelight.data.corpus import read_corpus
-from cavelight.disk import file_beside
+from cavelight.disk import checkpoint_folder, file_beside
 from cavelight.spec.formats import named
 from cavelight.train.evaluate import held_out_bits_per_byte
 from cavelight.train.prepare import cache_folder

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from cavelight.data.tokenizer import StreamDecoder, Tokenizer
+from cavelight.disk import checkpoint_folder
 from cavelight.model.transformer import Transformer
 from cavelight.run.generate import Drafts, generate_tokens
 from cavelight.run.sample import Sampling
@@ -44,13 +45,6 @@ def load(
     """
     folder = checkpoint_folder(local_folder(path, revision))
     return read_checkpoint(folder, dtype, without_mtp=without_mtp, packed=packed), Tokenizer.load(folder)
-
-
-def checkpoint_folder(path: str | Path) -> Path:
-    """The folder that holds the checkpoint: `path` itself, or `path`/model where `path` is a run's folder."""
-    folder = Path(path)
-    inside = folder / "model"
-    return inside if (inside / "config.json").is_file() and not (folder / "config.json").exists() else folder
 
 
 def save(model: Transformer, tokenizer: Tokenizer, path: str | Path, *, shift_biases: bool | None = None) -> None:

@@ -56,6 +56,13 @@ def folder_beside(path: Path) -> Iterator[Path]:
             shutil.rmtree(scratch, ignore_errors=True)
 
 
+def checkpoint_folder(path: str | Path) -> Path:
+    """The folder that holds the checkpoint: `path` itself, or `path`/model where `path` is a run's folder."""
+    folder = Path(path)
+    inside = folder / "model"
+    return inside if (inside / "config.json").is_file() and not (folder / "config.json").exists() else folder
+
+
 @contextmanager
 def clear_disk_errors(path: Path) -> Iterator[None]:
     """A full disk or a folder that may not be written, while writing `path`, as a UserError."""

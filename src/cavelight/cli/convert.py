@@ -41,7 +41,7 @@ def convert(
 
     import torch
 
-    from cavelight.api import checkpoint_folder
+    from cavelight.disk import checkpoint_folder
     from cavelight.weights.convert import convert
     from cavelight.weights.hub import local_folder
 

@@ -36,7 +36,7 @@ def doctor(
     source: str, level: str, against: str | None, text: Path | None, store: bool, revision: str | None, as_json: bool
 ) -> None:
     """Examine, show what was found and leave with 1 if anything fails. UserError where there is no checkpoint."""
-    from cavelight.api import checkpoint_folder
+    from cavelight.disk import checkpoint_folder
     from cavelight.doctor.examine import LEVELS, examine
     from cavelight.doctor.findings import worst_first
     from cavelight.weights.hub import local_folder

@@ -11,7 +11,7 @@ from cavelight.cli.screen import OUT, say_json
 
 def look(source: str, out: Path | None, revision: str | None, as_json: bool) -> None:
     """`source` is a checkpoint's folder, a run's, or owner/name on the hub; without `out` the page goes beside it."""
-    from cavelight.api import checkpoint_folder
+    from cavelight.disk import checkpoint_folder
     from cavelight.see.look import DATA
     from cavelight.see.look import look as look_inside
     from cavelight.weights.hub import local_folder

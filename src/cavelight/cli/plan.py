@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cavelight.cli.screen import OUT, say_json
+from cavelight.disk import checkpoint_folder
 from cavelight.errors import UserError
 from cavelight.plan import lines, plans, serving, training
 from cavelight.plan.devices import Device, find, read_devices
@@ -52,9 +53,9 @@ class PlanOptions:
 
 
 def plan(model: str, options: PlanOptions, as_json: bool) -> None:
-    """`model` is a preset's name, a config.json, or a folder that holds one."""
+    """`model` is a preset's name, a config.json, a folder that holds one, or a run's folder."""
     _check(options)
-    config = ModelConfig.read(model) if Path(model).exists() else preset(model)
+    config = ModelConfig.read(checkpoint_folder(model)) if Path(model).exists() else preset(model)
     devices = read_devices(options.devices)
     found = facts(config, tokens_of(options.context) if options.context else None)
     if options.device is None:
