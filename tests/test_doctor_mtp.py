@@ -37,6 +37,13 @@ def for_pre_norm(model: Transformer) -> Transformer:
     return variant(moved, mtp_hidden="pre_norm")
 
 
+def test_a_text_that_repeats_itself_settles_nothing() -> None:
+    """Its few drafts would count often, and the sign test would be sure of them."""
+    settled = settle_mtp(learnt(), TEXT[:300].repeat(8))
+    assert (settled.verdict, settled.mtp_hidden) == ("not tested", None)
+    assert "repeats itself" in settled.findings[0].sentence
+
+
 def with_halves_exchanged(model: Transformer) -> Transformer:
     changed = copy.deepcopy(model)
     matrix = changed.mtp[0].eh_proj.weight

@@ -101,6 +101,7 @@ BROKEN: dict[str, tuple[str, str, int | None, Break]] = {
         head_lost,
     ),
     "norm of zeros": ("norms", "fail", None, every("model.layers.3.input_layernorm.weight", Tensor.zero_)),
+    "norms as differences": ("norms", "warn", None, every("kv_a_layernorm.weight", lambda t: t.sub_(2.0))),
     "norm with a spike": ("norms", "warn", None, every("model.norm.weight", lambda t: t[7].fill_(-250.0))),
     "norms made anew": ("norms", "warn", None, every("kv_a_layernorm.weight", lambda t: t.fill_(1.0))),
     "negative bias": ("routing-bias", "warn", 3, every(BIAS, lambda t: t.sub_(1.0))),

@@ -20,13 +20,14 @@ from cavelight.model.transformer import Transformer
 from cavelight.plan import here, passes
 from cavelight.plan.activations import kept_bytes, layer_tensors, remade_bytes
 from cavelight.plan.here import decoding_here, training_here
-from cavelight.plan.layout import Layout, held
+from cavelight.plan.layout import TENSOR_AXES, Layout, Schedule, stages_of
 from cavelight.plan.memory import cache_row_bytes, decoding_memory, in_flight, training_memory
 from cavelight.plan.passes import Section, sections, walk
 from cavelight.run import generate
 from cavelight.spec import cost
 from cavelight.spec.config import ModelConfig
 from cavelight.spec.presets import preset
+from cavelight.spec.shapes import parameters
 from cavelight.train import evaluate
 from cavelight.train.loss import losses
 from cavelight.train.optim import initialise
@@ -68,19 +69,16 @@ def test_one_device_holds_the_whole_model() -> None:
 
 
 @pytest.mark.parametrize("schedule, most", [("1f1b", 16), ("zb1p", 16), ("dualpipe", 17), ("dualpipev", 17)])
-def test_micro_batches_in_flight_are_table_2s(schedule: str, most: int) -> None:
+def test_micro_batches_in_flight_are_table_2s(schedule: Schedule, most: int) -> None:
     layout = REPORT.with_(schedule=schedule)
-    kept = [
-        sum(in_flight(layout, stage) for stage in {"1": (rank,), "z": (rank,)}.get(schedule[0], (rank, 15 - rank)))
-        for rank in range(layout.pipeline)
-    ]
+    kept = [sum(in_flight(layout, stage) for stage in stages_of(layout, r)) for r in range(layout.pipeline)]
     assert max(kept) == most
 
 
 @given(
     pp=st.integers(1, 3), ep=st.sampled_from([1, 2, 4, 8]), schedule=st.sampled_from(["1f1b", "dualpipe", "dualpipev"])
 )
-def test_weights_of_all_devices_are_the_model(pp: int, ep: int, schedule: str) -> None:
+def test_weights_of_all_devices_are_the_model(pp: int, ep: int, schedule: Schedule) -> None:
     layout = Layout(dp=8, ep=ep, pp=pp if schedule == "1f1b" else 2, zero=3, schedule=schedule)
     per_rank = [training_memory(NANO, layout, row=8, rank=rank).parts["weights"] for rank in range(layout.pipeline)]
     copied = 2 * NANO.vocab_size * NANO.hidden_size if schedule == "1f1b" and layout.pp > 1 else 0  # MTP's embedding
@@ -88,24 +86,19 @@ def test_weights_of_all_devices_are_the_model(pp: int, ep: int, schedule: str) -
     assert sum(per_rank) * layout.ranks == pytest.approx(whole, rel=0.01)  # what does not divide by 8 is rounded up
 
 
-@given(pp=st.integers(1, 3), tp=st.sampled_from([1, 2, 4]))
-def test_serving_weights_of_all_devices_are_the_model(pp: int, tp: int) -> None:
-    layout = Layout(dp=2, tp=tp, ep=2, pp=pp)
-    total = sum(
-        sum(
-            size
-            for kind, size in decoding_memory(NANO, layout, context=8, rank=rank).parts.items()
-            if "weights" in kind
-        )
-        for rank in range(pp)
-    )
-    held_here = [
-        2 * elements + 2 * elements * (p.dtype == "float32") for r in range(pp) for p, elements in held(NANO, layout, r)
-    ]
-    assert total == sum(held_here)
-    if layout.ranks == 2 and pp == 1:  # both experts' halves, and everything else twice
-        shared = sum(p.size for p, _ in held(NANO, layout, 0) if p.role != "expert")
-        assert 2 * total - 2 * shared - 2 * 3 * 8 == cost.weight_bytes(NANO)
+@pytest.mark.parametrize("pp", [1, 2, 3])
+def test_serving_weights_of_all_devices_are_the_model(pp: int) -> None:
+    def weights(layout: Layout) -> int:
+        ranks = (decoding_memory(NANO, layout, context=8, rank=rank).parts for rank in range(pp))
+        return sum(parts["weights"] + parts["MTP weights"] for parts in ranks)
+
+    copied = 2 * NANO.vocab_size * NANO.hidden_size if pp > 1 else 0  # MTP's embedding
+    assert weights(Layout(pp=pp)) == cost.weight_bytes(NANO) + copied
+    saved = {ep: weights(Layout(pp=pp)) - weights(Layout(dp=8, ep=ep, pp=pp)) for ep in (1, 2, 4)}
+    experts = sum(2 * p.size for p in parameters(NANO) if p.role == "expert")
+    assert saved == {1: 0, 2: experts // 2, 4: experts * 3 // 4}
+    cut = sum(2 * p.size for p in parameters(NANO) if p.role != "expert" and TENSOR_AXES.intersection(p.axes))
+    assert weights(Layout(pp=pp)) - weights(Layout(pp=pp, tp=2)) == (cut + copied) // 2
 
 
 @given(row=st.integers(16, 4096), rows=st.integers(1, 4), more=st.integers(2, 5), layers=st.integers(4, 8))

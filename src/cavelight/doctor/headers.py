@@ -109,8 +109,9 @@ def mtp_stored(case: Case) -> Iterator[Finding]:
     if broken:
         yield failed(
             "mtp-stored",
-            f"The MTP modules are not whole, with tensors missing, left over or misshapen ({abbreviated(broken, FEW)}); "
-            "drafts would fail without any error elsewhere: convert again, or set num_nextn_predict_layers to 0.",
+            "The MTP modules are not whole, with tensors missing, left over or misshapen "
+            f"({abbreviated(broken, FEW)}); drafts would fail without any error elsewhere: "
+            "convert again, or set num_nextn_predict_layers to 0.",
             8,
         )
     elif copies:

@@ -19,7 +19,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cavelight.doctor.findings import Finding, failed, passed, warned
-from cavelight.doctor.variants import LOGITS_AT_ONCE, hidden_states, layout, mean_and_z, nats, variant, windows
+from cavelight.doctor.variants import (
+    LOGITS_AT_ONCE,
+    hidden_states,
+    layout,
+    mean_and_z,
+    nats,
+    repeats_itself,
+    variant,
+    windows,
+)
 from cavelight.model.mtp import MTPModule
 from cavelight.model.transformer import Transformer
 from cavelight.spec.events import Event, Phase
@@ -107,6 +116,8 @@ def settle_mtp(
     rows = windows(tokens_T, min(WINDOW, config.max_position_embeddings), MOST_TOKENS)
     if sum(map(torch.numel, rows)) < FEWEST_TOKENS or min(row.shape[1] for row in rows) < len(model.mtp) + 2:
         return _not_tested(f"the text has only {len(tokens_T)} tokens")
+    if repeats_itself(torch.as_tensor(tokens_T)[:MOST_TOKENS]):
+        return _not_tested("the text repeats itself; give a longer one")
     loss = float(nats(model, rows).mean())
     if not loss <= math.log(V) - LEARNT:  # NaN too
         why = f"the model predicts the text no better than chance ({loss:.2f} nats a token, ln V is {math.log(V):.2f})"

@@ -32,8 +32,8 @@ def copies(case: Case, found: Statistics) -> Iterator[Finding]:
     if different:
         yield failed(
             "mtp-copies",
-            f"Copies differ from the trunk's ({abbreviated(different, FEW)}), which MTP shares by design: engines that load the "
-            "copies and those that share draft differently; store the trunk's.",
+            f"Copies differ from the trunk's ({abbreviated(different, FEW)}), which MTP shares by design: engines that "
+            "load the copies and those that share draft differently; store the trunk's.",
             8,
         )
     elif pairs:
@@ -55,15 +55,16 @@ def untrained(case: Case, found: Statistics) -> Iterator[Finding]:
         if own and all(s.is_constant for s in own):
             yield failed(
                 "mtp-untrained",
-                f"All norms of the MTP module in layer {layer} are constant while the trunk's are trained: the module is as "
-                "initialisation left it and its drafts are noise; take it from the original or leave it out.",
+                f"All norms of the MTP module in layer {layer} are constant while the trunk's are trained: the "
+                "module is as initialisation left it and its drafts are noise; take it from the original or "
+                "leave it out.",
                 6,
             )
         elif median(unevenness(found, prefix)) < EVEN and _trunk_unevenness(case, found) > UNEVEN:
             yield warned(
                 "mtp-untrained",
-                f"The rows of attention in layer {layer}, an MTP module, are as even as random numbers, unlike the trunk's: the "
-                "module looks hardly trained; measure its drafts with --level model.",
+                f"The rows of attention in layer {layer}, an MTP module, are as even as random numbers, unlike the "
+                "trunk's: the module looks hardly trained; measure its drafts with --level model.",
                 6,
             )
         else:

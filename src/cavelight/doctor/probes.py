@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from cavelight.doctor.findings import Finding, failed, passed, warned
-from cavelight.doctor.variants import mean_and_z, nats, variant, windows
+from cavelight.doctor.variants import mean_and_z, nats, repeats_itself, variant, windows
 from cavelight.model.layers import RMSNorm, yarn_mscale
 from cavelight.model.mla import MLA
 from cavelight.model.moe import MoE
@@ -30,7 +30,7 @@ MOST_TOKENS, WINDOW, FEWEST_TOKENS = 4096, 1024, 256
 Part = TypeVar("Part", bound=nn.Module)
 CLEAR = 6.0  # standard errors; with some thirty readings tried, luck does not reach it
 NOTICEABLE = 0.02  # nats a token
-LEARNT = 0.5  # nats a token below chance that some reading must reach for the text to tell anything
+LEARNT = 0.5  # nats a token below ln V that some reading must reach for the text to tell anything
 V3_YARN = Yarn(factor=40.0, original_max_position_embeddings=4096, mscale=1.0, mscale_all_dim=1.0)
 
 
@@ -71,13 +71,15 @@ def probe(
 
     tokens_T: of real text, some thousands if there are so many (4,096 are used at most). Fails the check whose reading
     saves most, if that is sure and more than 0.02 nats a token; others that save something are warnings, since one
-    mistake may partly make up for another. A model that predicts no better than chance in any reading is not tested;
-    chance is ln V, or what knowing how often each token occurs is worth, whichever is less.
+    mistake may partly make up for another. A model that predicts no better than chance in any reading is not tested,
+    and neither is one on a text that repeats itself.
     """
     V, config = model.config.vocab_size, model.config
     rows = windows(tokens_T, min(WINDOW, config.max_position_embeddings), MOST_TOKENS)
     if sum(map(torch.numel, rows)) < FEWEST_TOKENS:
         return [passed("probes", f"Other readings were not tested: the text has only {len(tokens_T)} tokens.")]
+    if repeats_itself(torch.as_tensor(tokens_T)[:MOST_TOKENS]):
+        return [passed("probes", "Other readings were not tested: the text repeats itself; give a longer one.")]
     probes = list(probes_of(config))
     configured_T = nats(model, rows)
     loss, tried = float(configured_T.mean()), []
@@ -85,17 +87,10 @@ def probe(
         on_event(Phase("other readings", done, len(probes), "readings"))
         tried.append(Tried(each, *mean_and_z(configured_T - nats(each.build(model), rows))))
     on_event(Phase("other readings", len(probes), len(probes), "readings"))
-    chance = min(math.log(V), _entropy(torch.cat([tokens_BW[:, 1:].flatten() for tokens_BW in rows])))
-    if not loss - max(0.0, *(one.saved for one in tried)) <= chance - LEARNT:  # NaN too
-        said = f"the model predicts the text no better than chance ({loss:.2f} nats a token; {chance:.2f} is chance)"
+    if not loss - max(0.0, *(one.saved for one in tried)) <= math.log(V) - LEARNT:  # NaN too
+        said = f"the model predicts the text no better than chance ({loss:.2f} nats a token, ln V is {math.log(V):.2f})"
         return [passed("probes", f"Other readings were not tested: {said}.", nats=loss)]
     return findings_of(loss, tried)
-
-
-def _entropy(tokens_T: Tensor) -> float:
-    """Of how often each token occurs, in nats: a text that repeats itself is no test of a model."""
-    shares = torch.bincount(tokens_T).double() / len(tokens_T)
-    return float(torch.special.entr(shares).sum())
 
 
 def findings_of(loss: float, tried: Sequence[Tried]) -> list[Finding]:
@@ -194,7 +189,9 @@ def _weight_probes(config: ModelConfig) -> Iterator[Probe]:
     f = config.routed_scaling_factor
     for factor in dict.fromkeys((1.0, f / 2, 2 * f, f * f)):
         if factor != f:
-            yield _configured("routed-scale", 4, f"routed_scaling_factor {factor:g}", routed_scaling_factor=factor)
+            do = f"the factor of training is nearer {factor:g} than {f:g}; take it from the original config.json"
+            reading = f"routed_scaling_factor {factor:g}"
+            yield _configured("routed-scale", 4, reading, do, routed_scaling_factor=factor)
     for factor in dict.fromkeys((f, 1 / f)) if config.n_shared_experts and f != 1 else ():
         do = f"the shared experts' down_proj is off by a factor of {factor:g}"
         yield Probe("shared-scale", 4, f"shared experts times {factor:g}", partial(_shared_scaled, factor=factor), do)

@@ -37,6 +37,12 @@ def variant(model: Transformer, **changes: Any) -> Transformer:
     return copied
 
 
+def repeats_itself(tokens_T: Tensor) -> bool:
+    """Whether most runs of 16 tokens occur again: then differences that are counted often are one and the same."""
+    runs = tokens_T.unfold(0, BLOCK, 1)
+    return 2 * len(runs.unique(dim=0)) < len(runs)
+
+
 def windows(tokens_T: Sequence[int] | Tensor, width: int, most: int) -> list[Tensor]:
     """The first `most` tokens in rows [B, W] of `width` tokens; what is left is a row of its own from 8 tokens on."""
     tokens_T = torch.as_tensor(tokens_T)[:most].long()

@@ -164,6 +164,14 @@ def norms(case: Case, found: Statistics) -> Iterator[Finding]:
             f"{len(far)} norms have weights over {FAR:g} times their median ({abbreviated(far, FEW)}): a spike in "
             "training, or a broken file; look at these channels.",
         )
+    negative = [name for name, s in weights.items() if s.values is not None and float(s.values.median()) < 0]
+    if negative:
+        yield warned(
+            "norms",
+            f"{len(negative)} of {len(weights)} norms are mostly negative ({abbreviated(negative, FEW)}), while "
+            "training begins at 1 and stays positive: perhaps they are stored as differences from 1; compare with the "
+            "original.",
+        )
     trunk = {name: s for name, s in weights.items() if case.config and not is_mtp(name, case.config)}
     fresh = [name for name, s in trunk.items() if s.is_constant and s.least == 1]
     if fresh and len(fresh) < len(trunk) and trained(trunk):
@@ -172,7 +180,7 @@ def norms(case: Case, found: Statistics) -> Iterator[Finding]:
             f"{len(fresh)} of {len(trunk)} norms are exactly 1 while the others are trained ({abbreviated(fresh, FEW)}"
             "): they were probably lost on the way and made anew; compare with the original.",
         )
-    elif not (zero or far):
+    elif not (zero or far or negative):
         state = "all exactly 1, as in a model that was never trained" if len(fresh) == len(trunk) else "in range"
         yield passed("norms", f"The weights of {len(weights)} norms are {state}.")
 
