@@ -196,6 +196,9 @@ def test_a_template_may_search_messages_for_control_tokens(tmp_path: Path) -> No
         (tail(), None, "refuses"),
         ("{% for %}", "hi", "cannot be read"),
         (tail("{{ ''.__class__.__mro__ }}"), "hi", "refuses.*unsafe"),
+        (tail("{{ 'a' * 10**9 }}"), "hi", "refuses.*too large"),
+        (tail("{{ [0] * 2000000 }}"), "hi", "refuses.*too large"),
+        (tail("{{ 9 ** 9999999 }}"), "hi", "refuses.*too large"),
         (None, "hi", "no chat template"),
     ],
 )
@@ -239,6 +242,8 @@ def test_a_missing_pad_token_is_the_end_token(tmp_path: Path) -> None:
         ({"tokenizer.json": WORDS}, "no bos_token"),
         ({"tokenizer.json": WORDS, "tokenizer_config.json": '{"bos_token": "b"}'}, "'b', which is not in the vocab"),
         ({"tokenizer.json": WORDS, "tokenizer_config.json": "{"}, "tokenizer_config.json is broken"),
+        ({"tokenizer.json": WORDS, "tokenizer_config.json": '{"bos_token": 5}'}, "a bos_token that is no text. Got: 5"),
+        ({"tokenizer.json": WORDS[:-1] + ', "post_processor": {"type": "X"}}'}, "cannot be read by the tokenizers"),
     ],
 )
 def test_broken_files(tmp_path: Path, files: dict[str, str | bytes], message: str) -> None:

@@ -27,6 +27,10 @@ _SEARCHES = {"split", "rsplit", "partition", "rpartition", "startswith", "endswi
 _SEARCHES |= {"strip", "lstrip", "rstrip", "trim", "find", "rfind", "index", "count", "replace"}
 
 
+MOST_PRODUCT = 10**6  # characters, or items of a list
+MOST_EXPONENT = 1000
+
+
 class ChatTemplate:
     """A checkpoint's Jinja template over `control`, the map from a control token's text to its id.
 
@@ -112,6 +116,21 @@ def _looked_for(node: nodes.Node) -> list[nodes.Node]:
             return []
 
 
+class _Environment(ImmutableSandboxedEnvironment):
+    """Templates come with checkpoints, from anyone: a product of a few characters must not fill the memory."""
+
+    intercepted_binops = frozenset({"*", "**"})
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        sizes = [len(side) for side in (left, right) if isinstance(side, str | list | tuple | bytes)]
+        factors = [side for side in (left, right) if isinstance(side, int)]
+        large = sizes and factors and sizes[0] * factors[0] > MOST_PRODUCT
+        large = large or (operator == "**" and any(abs(factor) > MOST_EXPONENT for factor in factors))
+        if large:
+            raise jinja2.TemplateError(f"a product that is too large for a chat template ({operator})")
+        return super().call_binop(context, operator, left, right)
+
+
 def _environment() -> ImmutableSandboxedEnvironment:
     """Jinja with what templates on the Hugging Face hub count on."""
 
@@ -121,9 +140,7 @@ def _environment() -> ImmutableSandboxedEnvironment:
     def tojson(value: Any, indent: int | None = None, ensure_ascii: bool = False, sort_keys: bool = False) -> str:
         return json.dumps(value, indent=indent, ensure_ascii=ensure_ascii, sort_keys=sort_keys)
 
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
-    )
+    environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols])
     environment.filters["tojson"] = tojson  # Jinja's own escapes HTML
     environment.globals["raise_exception"] = raise_exception
     return environment

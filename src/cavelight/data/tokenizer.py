@@ -90,7 +90,12 @@ class Tokenizer:
         for token in parts["added_tokens"]:
             # DeepSeek's own files call only a few of them special. Added pieces of ordinary text stay what they are.
             token["special"] = token["special"] or bool(re.fullmatch(r"<.*>|\[.*\]", token["content"], re.DOTALL))
-        self._inner = tokenizers.Tokenizer.from_str(json.dumps(parts))
+        try:
+            self._inner = tokenizers.Tokenizer.from_str(json.dumps(parts))
+        except Exception as error:  # the library raises nothing narrower
+            raise UserError(
+                f"{source} cannot be read by the tokenizers library", got=str(error), do="download tokenizer.json again"
+            ) from error
         self._inner.no_truncation()
         self._inner.no_padding()
         self._inner.encode_special_tokens = True  # as ordinary text
@@ -214,6 +219,10 @@ class Tokenizer:
         """The id of the token for `role`: the one the settings name, else a well-known one, else `otherwise`."""
         named = self._settings.get(role)
         named = named.get("content") if isinstance(named, dict) else named
+        if not isinstance(named, str | None):
+            raise UserError(
+                f"{self._source} has a {role} that is no text", got=repr(named), do="mend tokenizer_config.json"
+            )
         for name in _KNOWN_NAMES[role] if named is None else (named,):
             token_id = self._inner.token_to_id(name)
             if token_id is not None:
