@@ -83,16 +83,23 @@ def test_what_is_no_checkpoint_or_no_option_leaves_with_2(
 
 
 @pytest.mark.parametrize(
-    ("better", "configured", "expected"),
-    [("pre_norm", "post_norm", "pre_norm"), ("post_norm", "post_norm", None), (None, "post_norm", None)],
+    ("stored", "better", "is_new"),
+    [
+        ({}, "pre_norm", True),
+        ({}, "post_norm", True),  # what silence means, and now it is known
+        ({"mtp_hidden": "pre_norm"}, "post_norm", True),
+        ({"mtp_hidden": "pre_norm"}, "pre_norm", False),
+        ({}, None, False),
+    ],
 )
-def test_what_mtp_wants_is_stored(better: str | None, configured: str, expected: str | None, tmp_path: Path) -> None:
+def test_what_mtp_wants_is_stored(stored: dict[str, str], better: str | None, is_new: bool, tmp_path: Path) -> None:
     folder = patient(tiny()).write(tmp_path / "model")
-    before = json.loads((folder / "config.json").read_text())
-    said = store_hidden(folder, [Finding("mtp-hidden", "fail", "", 6, {"better": better, "configured": configured})])
+    before = json.loads((folder / "config.json").read_text()) | stored
+    (folder / "config.json").write_text(json.dumps(before))
+    said = store_hidden(folder, [Finding("mtp-hidden", "fail", "", 6, {"better": better})])
     after = json.loads((folder / "config.json").read_text())
-    assert after == before | ({"mtp_hidden": expected} if expected else {})
-    assert (said is None) == (expected is None)
+    assert after == before | ({"mtp_hidden": better} if better else {})
+    assert (said is not None) == is_new
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
 
 

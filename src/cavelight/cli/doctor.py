@@ -68,10 +68,9 @@ def store_hidden(folder: Path, findings: Sequence["Finding"]) -> str | None:
     """Write into config.json which hidden state MTP was found to want; what was written, None if nothing."""
     for finding in findings:
         better = finding.value.get("better")
-        if finding.check == "mtp-hidden" and better is not None and better != finding.value.get("configured"):
-            file = folder / "config.json"
-            raw = json.loads(file.read_bytes())
-            raw["mtp_hidden"] = better
+        file = folder / "config.json"
+        if finding.check == "mtp-hidden" and better is not None and better != _config(folder).get("mtp_hidden"):
+            raw = _config(folder) | {"mtp_hidden": better}  # also where silence means the same: now it is known
             with file_beside(file) as scratch:
                 scratch.write_text(json.dumps(raw, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
             return f"mtp_hidden is now {better}"

@@ -13,6 +13,7 @@ from cavelight.doctor.probes import probe
 from cavelight.errors import UserError
 from cavelight.spec.events import Event, Phase
 from cavelight.weights.snapshot import read_checkpoint
+from cavelight.weights.stored import FP8
 
 MOST_TOKENS = 10_000
 ENGINES = ("transformers",)
@@ -20,7 +21,9 @@ ENGINES = ("transformers",)
 
 def on_model(case: Case, text: str | None, on_event: Callable[[Event], None]) -> Iterator[Finding]:
     """All checks that run the model as it reads a text, if it can be loaded and there is a tokenizer."""
-    size, memory = sum(entry.nbytes for entry in (case.entries or {}).values()), _memory()
+    entries = (case.entries or {}).values()
+    size = sum(entry.nbytes * (2 if entry.dtype == FP8 else 1) for entry in entries)  # fp8 is unpacked to bfloat16
+    memory = _memory()
     if size > memory:
         yield warned(
             "model",
