@@ -283,8 +283,9 @@ def report(rows: Sequence[Row], bench: Bench, called: Sequence[str]) -> str:
         f"Of all {len(rows)} runs the worst is off by {worst:.1%}, {'within' if worst <= BOUND else 'NOT within'} the "
         f"{BOUND:.0%} asked for.",
         "Taken from this machine: what the programs take with next to no model, that is Python, torch's libraries as "
-        f"far as they are touched, threads, the corpus: {alone}. Fitted once, to training runs like these: what the C library's "
-        f"heap loses to holes, {HOLES:g} of the gradients' size for each micro-batch under way. All else is counted.",
+        f"far as they are touched, threads, the corpus: {alone}. Fitted once, to training runs like these: what the C "
+        f"library's heap loses to holes, {HOLES:g} of the gradients' size for each micro-batch under way. All else is "
+        "counted.",
         "## Training",
         tables[0],
         "## Decoding",
