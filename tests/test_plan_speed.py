@@ -1,6 +1,7 @@
 """Memory, speed and choices of the planner: published figures, and what has to hold whatever the constants are."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -277,7 +278,7 @@ def test_devices_by_name() -> None:
         find("H80O", table())
 
 
-def test_devices_from_a_file(tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_devices_from_a_file(tmp_path: Path) -> None:
     file = tmp_path / "own.toml"
     file.write_text("[Mine]\nmemory_gb = 100\nbandwidth_gbs = 500\nfp32_tflops = 10\n", encoding="utf-8")
     mine = find("mine", read_devices(file))
@@ -302,7 +303,7 @@ def test_devices_from_a_file(tmp_path) -> None:  # type: ignore[no-untyped-def]
         ("[A]\nmemory_gb = 1\nbandwidth_gbs = 1\nbf16_tflops = 1\nchecked = 'no'\n", "checked true or false"),
     ],
 )
-def test_device_files_that_cannot_be_planned_with(tmp_path, text: str, says: str) -> None:  # type: ignore[no-untyped-def]
+def test_device_files_that_cannot_be_planned_with(tmp_path: Path, text: str, says: str) -> None:
     file = tmp_path / "own.toml"
     file.write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match=says):

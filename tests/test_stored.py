@@ -225,7 +225,6 @@ def test_pytorch_reads_our_fp8(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("format", [FP8, Format("fp8", ue8m0=True)], ids=str)
 def test_transformers_reads_our_fp8(tmp_path: Path, format: Format) -> None:
-    pytest.importorskip("accelerate")  # transformers wants it for this
     from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 
     folder = write_packed(tmp_path, CONFIG, random_weights(CONFIG), format)
