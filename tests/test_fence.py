@@ -22,6 +22,8 @@ LAYERS = {
     "see": 4,
     "train": 4,
     "api": 5,
+    "experiment": 5,
+    "harness": 6,
     "__init__": 6,
     "cli": 7,
     "__main__": 8,

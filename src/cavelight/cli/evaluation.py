@@ -7,7 +7,7 @@ from cavelight.cli.generation import load
 from cavelight.cli.progress import screen
 from cavelight.cli.screen import OUT, duration, say_json
 from cavelight.spec.events import Phase
-from cavelight.spec.recipe import DataSection
+from cavelight.spec.sections import DataSection
 
 ROW_LENGTH = 512  # tokens of context at most, for checkpoints that come without the recipe of their run
 

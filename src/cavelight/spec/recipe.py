@@ -5,69 +5,20 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError
+from pydantic import ValidationError
 
+from cavelight.disk import checkpoint_folder
 from cavelight.errors import UserError
 from cavelight.spec.config import ModelConfig
 from cavelight.spec.presets import preset
+from cavelight.spec.sections import DataSection, ModelSection, Section, TrainSection
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class ModelSection(_Section):
-    """A preset, and any field of its ModelConfig to change."""
-
-    preset: str = "demo"
-    overrides: dict[str, Any] = Field(default_factory=dict)
-
-
-class DataSection(_Section):
-    corpus: str = "stdlib"  # or any file, folder or glob of text or JSONL
-    text_key: str = "text"  # of a JSONL line
-    held_out_every: int = Field(default=20, ge=2)  # one document in so many is never trained on
-    tokenizer: str | None = None  # a tokenizer.json or a folder with one; otherwise trained on the corpus
-    row_length: PositiveInt = 512  # tokens that see one another at most
-    mask_documents: bool = False  # whether attention stops at a document's end; V3's pre-training did not
-    split_line_ends: float = Field(default=0.1, ge=0, le=1)  # share of "signs, line end" tokens that are met as two
-
-
-class TrainSection(_Section):
-    """Optimisation and losses. Defaults are the report's (V3, section 4.2), where it names them."""
-
-    steps: PositiveInt | None = None
-    minutes: PositiveFloat | None = (
-        None  # a budget of time instead, or as well: the schedule ends with whichever is first
-    )
-    rows_per_step: PositiveInt = 8
-    rows_per_microbatch: PositiveInt | None = None  # rows that one core takes at once; the gradient is the same
-    seed: int = 0
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of weights and activations; masters are always float32
-    init_std: PositiveFloat = 0.006
-    learning_rate: PositiveFloat = 2.2e-4
-    embedding_rate: PositiveFloat = 1.0  # the embedding learns at so many times the learning rate,
-    head_rate: PositiveFloat = 1.0  # and the head at so many: in a short run most of their rows are met rarely
-    final_learning_rate: NonNegativeFloat = 2.2e-5
-    decay: Literal["cosine", "linear"] = "cosine"  # how the rate falls from the peak to its end
-    warmup_steps: int = Field(default=2000, ge=0)
-    beta1: float = Field(default=0.9, ge=0, lt=1)
-    beta2: float = Field(default=0.95, ge=0, lt=1)
-    weight_decay: NonNegativeFloat = 0.1
-    clip_norm: PositiveFloat = 1.0
-    mtp_weight: NonNegativeFloat = 0.3  # lambda
-    balance_alpha: NonNegativeFloat = 1e-4  # of the sequence-wise balance loss
-    bias_speed: NonNegativeFloat = 1e-3  # gamma; 0 turns the bias balancing off
-    evaluate_every: PositiveInt | None = 100  # steps between looks at held-out text
-    evaluate_bytes: PositiveInt = 32_768  # how much held-out text such a look reads; the last one reads all
-    save_every: PositiveInt | None = 500
-
-
-class Recipe(_Section):
+class Recipe(Section):
     model: ModelSection = ModelSection()
     data: DataSection = DataSection()
     train: TrainSection = TrainSection()
@@ -99,6 +50,14 @@ class Recipe(_Section):
                 f"train.rows_per_step {train.rows_per_step} is no multiple of "
                 f"train.rows_per_microbatch {train.rows_per_microbatch}"
             )
+        if train.ramp_from_rows and (
+            train.ramp_from_rows > train.rows_per_step
+            or train.ramp_from_rows % (train.rows_per_microbatch or train.rows_per_step)
+        ):
+            problems.append(
+                f"train.ramp_from_rows {train.ramp_from_rows} is no multiple of train.rows_per_microbatch "
+                f"{train.rows_per_microbatch or train.rows_per_step} up to train.rows_per_step {train.rows_per_step}"
+            )
         if self.data.row_length > self.config.max_position_embeddings:
             problems.append(
                 f"data.row_length {self.data.row_length} exceeds the model's "
@@ -109,8 +68,9 @@ class Recipe(_Section):
 
     @property
     def config(self) -> ModelConfig:
-        """The model: the preset with the overrides in place, validated as a whole."""
-        base = preset(self.model.preset)
+        """The model: the preset or the given weights' own, with the overrides in place, validated as a whole."""
+        weights = self.model.weights
+        base = ModelConfig.read(checkpoint_folder(weights)) if weights else preset(self.model.preset)
         return base.replace(**self.model.overrides)
 
 
@@ -141,7 +101,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
     target = values.setdefault(section, {})
     if not isinstance(target, dict):
         raise UserError(f"{section} is a section of the recipe, not a value", got=str(target), do=f"write [{section}]")
-    if section == "model" and name != "preset":
+    if section == "model" and name not in ("preset", "weights"):
         target = target.setdefault("overrides", {})
         name = name.removeprefix("overrides.")
     target[name] = value
