@@ -108,16 +108,88 @@ def evaluate(
             "--data", metavar="PATH", help="File, folder or glob whose held-out part is read; else the run's."
         ),
     ] = None,
+    by_position: Annotated[
+        bool, typer.Option("--by-position", help="Bits per byte by the position in the context, with a figure.")
+    ] = False,
+    needle: Annotated[
+        bool, typer.Option("--needle", help="Whether a fact is found again, by length and depth, with a heat map.")
+    ] = False,
+    lengths: Annotated[
+        str | None, typer.Option(metavar="N,N", help="Contexts of --needle, as in 4k,32k; up to the model's longest.")
+    ] = None,
+    depths: Annotated[int, typer.Option(metavar="N", help="Depths of --needle, evenly from first to last.")] = 10,
+    trials: Annotated[int, typer.Option(metavar="N", help="Needles at each length and depth.")] = 10,
+    tasks: Annotated[
+        str | None, typer.Option(metavar="NAME,NAME", help="Tasks of lm-evaluation-harness, as in arc_easy,hellaswag.")
+    ] = None,
+    shots: Annotated[int, typer.Option(metavar="N", help="Examples before each question of --tasks.")] = 0,
+    limit: Annotated[int | None, typer.Option(metavar="N", help="At most so many questions a task.")] = None,
+    include: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="A folder with tasks of your own, for --tasks.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where figures go; beside the model unless told.")
+    ] = None,
     dtype: Dtype = "auto",
     without_mtp: WithoutMTP = False,
     as_json: Json = False,
 ) -> None:
-    """Bits per byte on held-out text."""
-    from cavelight.cli import evaluation as command
+    """How well a model predicts held-out text; or finds needles, or answers the tasks that people know."""
     from cavelight.cli.screen import telling
 
     with telling(as_json):
-        command.evaluate(model, corpus, dtype, without_mtp, as_json)
+        if tasks is not None:
+            from cavelight.cli import tasks as harness
+
+            names = [name.strip() for name in tasks.split(",")]
+            harness.tasks(model, names, limit, include, shots, dtype, without_mtp, as_json)
+            return
+        from cavelight.cli import evaluation as command
+
+        if needle:
+            command.needle(model, lengths, depths, trials, out, dtype, without_mtp, as_json)
+        elif by_position:
+            command.by_position(model, corpus, out, dtype, without_mtp, as_json)
+        else:
+            command.evaluate(model, corpus, dtype, without_mtp, as_json)
+
+
+@app.command()
+def extend(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run of ours, or a checkpoint.")],
+    to: Annotated[
+        list[str] | None,
+        typer.Option("--to", metavar="N", help="A longer context, as in 32k; repeated, one phase after another."),
+    ] = None,
+    changes: Changes = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where the phases go; RUN/extended unless told.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Teach a model a longer context with YaRN, in phases (the report's: 32k, then 128k)."""
+    from cavelight.cli import extend as command
+    from cavelight.cli.screen import telling
+
+    with telling(as_json):
+        command.extend(run, to or ["32k", "128k"], changes or [], out, as_json)
+
+
+@app.command()
+def experiment(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="attention, mtp, balance, specialisation, fp8 or shape.")],
+    seeds: Annotated[int, typer.Option(metavar="N", help="Runs of each variant, with different seeds.")] = 3,
+    changes: Changes = None,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where table and figure go.")] = Path("docs/results"),
+    runs: Annotated[Path, typer.Option(metavar="DIR", help="Where the runs go.")] = Path("runs/experiments"),
+    as_json: Json = False,
+) -> None:
+    """Show one of the report's claims in small: variants trained side by side, a table, a figure."""
+    from cavelight.cli import experiment as command
+    from cavelight.cli.screen import telling
+
+    with telling(as_json, "Stopped by Ctrl-C; the same command goes on from here."):
+        command.experiment(name, seeds, changes or [], out, runs, as_json)
 
 
 @app.command()
