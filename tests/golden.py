@@ -10,18 +10,27 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cavelight.data.batches import Batches, TokenStore
+from cavelight.data.batches import Batches
+from cavelight.data.mixture import Mixture
+from cavelight.data.store import TokenStore
 from cavelight.model.transformer import Transformer
 from cavelight.spec.presets import preset
-from cavelight.spec.recipe import TrainSection
-from cavelight.train.optim import Optimizer, initialise, learning_rate
+from cavelight.spec.sections import Stage, TrainSection
+from cavelight.train.optim import Optimizer, initialise
 from cavelight.train.step import train_step
 from cavelight.train.workers import ALONE, Workers
 
 FILE = Path(__file__).parent / "golden" / "nano.txt"
 STEPS = 20
 RECIPE = TrainSection(
-    steps=STEPS, init_std=0.05, learning_rate=3e-3, final_learning_rate=3e-4, warmup_steps=5, bias_speed=0.01
+    steps=STEPS,
+    init_std=0.05,
+    learning_rate=3e-3,
+    warmup_steps=5,
+    schedule=(Stage(share=1.0, to=0.1, shape="cosine"),),
+    mtp_weight_late=0.3,
+    bias_speed=0.01,
+    bias_until=1.0,
 )
 
 
@@ -41,11 +50,11 @@ def trajectory(workers: Workers = ALONE) -> Iterator[str]:
     model = Transformer(preset("nano"))
     initialise(model, RECIPE.init_std, RECIPE.seed)
     optimizer = Optimizer(model, RECIPE)
-    batches = Batches(some_documents(), row_length=48, rows_per_batch=2, depths=1, seed=0, mask_documents=True)
+    batches = Batches(Mixture((some_documents(),)), row_length=48, depths=1, seed=0, mask_documents=True)
     yield "step    loss     mtp      balance  gradient  tokens of each expert, a layer a group"
     for step in range(STEPS):
-        micro_batches = [batches.batch(2 * step), batches.batch(2 * step + 1)]
-        result = train_step(model, optimizer, micro_batches, RECIPE, learning_rate(RECIPE, step, step / STEPS), workers)
+        micro_batches = [batches.rows(4 * step, 2), batches.rows(4 * step + 2, 2)]
+        result = train_step(model, optimizer, micro_batches, RECIPE, step, step / STEPS, workers)
         counts = "  ".join(" ".join(f"{n:2d}" for n in counts_E.tolist()) for counts_E in result.counts)
         losses = f"{result.loss:.5f}  {result.mtp_loss:.5f}  {result.balance_loss:.5f}  {result.grad_norm:.5f}"
         yield f"{step:4d}  {losses}   {counts}"

@@ -1,30 +1,71 @@
-"""What the optimizer writes, against AdamW by hand; and runs that stop and go on."""
+"""What the optimizer writes: AdamW by hand, Muon beside torch's, states kept and put back."""
 
-import json
-from collections.abc import Iterator
 from copy import deepcopy
-from itertools import count
-from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
-from cavelight.errors import UserError
 from cavelight.model.transformer import Transformer
-from cavelight.spec.events import Event, Note, Saved, Step
 from cavelight.spec.presets import preset
-from cavelight.spec.recipe import Recipe, TrainSection
-from cavelight.train import loop, step
-from cavelight.train.optim import Optimizer, initialise, learning_rate
-from cavelight.train.state import RunFolder, read_metrics
-from cavelight.train.workers import Workers
+from cavelight.spec.sections import TrainSection
+from cavelight.spec.shapes import parameters
+from cavelight.train.muon import Muon, orthogonal
+from cavelight.train.optim import Optimizer, initialise
 
 RATES = TrainSection(steps=3, learning_rate=0.01, weight_decay=0.1, embedding_rate=5.0, head_rate=2.0, init_std=0.05)
+MUON = RATES.model_copy(update={"optimizer": "muon"})
+SMALL = preset("nano").replace(num_hidden_layers=2, q_lora_rank=None)  # MLA, a dense FFN, experts, an MTP module
 
 
 def some_gradients(model: Transformer, seed: int) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(p.shape, generator=generator).to(p.dtype) * 0.01 for p in model.parameters()]
+
+
+def fresh(recipe: TrainSection, dtype: torch.dtype = torch.float32) -> tuple[Transformer, Optimizer]:
+    model = Transformer(SMALL, dtype)
+    initialise(model, recipe.init_std, seed=0)
+    return model, Optimizer(model, recipe)
+
+
+def one_step(optimizer: Optimizer, gradients: list[torch.Tensor], clip_norm: float = 1.0) -> None:
+    optimizer.add(gradients)
+    optimizer.step(RATES.learning_rate, clip_norm, optimizer.gradient_norm())
+
+
+# Initialisation
+
+
+def test_initialisation_goes_by_role() -> None:
+    model = Transformer(preset("nano"))
+    initialise(model, 0.05, seed=1, stds={"embedding": 0.5, "gate": 0.0})
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    for parameter in parameters(model.config):
+        tensor = tensors[parameter.name]
+        if parameter.role == "norm":
+            assert torch.equal(tensor, torch.ones_like(tensor))
+        elif parameter.role in ("routing_bias", "gate"):
+            assert not tensor.any()
+        else:
+            wanted = 0.5 if parameter.role == "embedding" else 0.05
+            assert float(tensor.detach().std()) == pytest.approx(wanted, rel=0.15), parameter.name
+            assert abs(float(tensor.detach().mean())) < 6 * wanted / tensor.numel() ** 0.5
+
+
+def test_a_seed_means_the_same_model_in_every_dtype_and_whatever_deviations_roles_have() -> None:
+    whole, narrow, other = Transformer(SMALL), Transformer(SMALL, torch.bfloat16), Transformer(SMALL)
+    initialise(whole, 0.05, seed=3)
+    initialise(narrow, 0.05, seed=3)
+    initialise(other, 0.05, seed=3, stds={"embedding": 0.5})
+    for (name, weight), rounded, others in zip(
+        whole.named_parameters(), narrow.parameters(), other.parameters(), strict=True
+    ):
+        assert torch.equal(weight.bfloat16(), rounded), name
+        assert torch.equal(weight, others) != ("embed_tokens" in name), name
+
+
+# AdamW
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -42,7 +83,8 @@ def test_two_steps_equal_adamw_by_hand(dtype: torch.dtype) -> None:
         clip = min(1.0, 0.5 / float(norm))
         for part in parts:
             optimizer.add(part)
-        assert optimizer.step(RATES.learning_rate, clip_norm=0.5) == pytest.approx(float(norm), rel=1e-4)
+        assert float(optimizer.gradient_norm()) == pytest.approx(float(norm), rel=1e-4)
+        optimizer.step(RATES.learning_rate, 0.5, optimizer.gradient_norm())
         for name, w in masters.items():
             g, (m, v) = total[name] * clip, moments[name]
             rate = RATES.learning_rate * (5.0 if "embed_tokens" in name else 2.0 if "lm_head" in name else 1.0)
@@ -55,164 +97,127 @@ def test_two_steps_equal_adamw_by_hand(dtype: torch.dtype) -> None:
         assert torch.equal(weight, optimizer.masters[name].to(dtype)), name
 
 
-def test_a_gradient_that_lies_otherwise_in_memory_counts_the_same() -> None:
+@pytest.mark.parametrize("recipe", [RATES, MUON], ids=["adamw", "muon"])
+def test_a_gradient_that_lies_otherwise_in_memory_counts_the_same(recipe: TrainSection) -> None:
     written = []
     for transposed in (False, True):
-        model = Transformer(preset("nano"))
-        initialise(model, 0.05, seed=0)
-        optimizer = Optimizer(model, RATES)
+        model, optimizer = fresh(recipe)
         gradients = some_gradients(model, 1)
-        optimizer.add([g.mT.contiguous().mT if transposed and g.ndim > 1 else g for g in gradients])
-        optimizer.step(0.01, 1.0)
+        one_step(optimizer, [g.mT.contiguous().mT if transposed and g.ndim > 1 else g for g in gradients])
         written.append(model.state_dict())
     for name, tensor in written[0].items():
         assert torch.equal(tensor, written[1][name]), name
 
 
-def test_both_ways_down_end_at_the_final_rate() -> None:
-    for decay in ("cosine", "linear"):
-        recipe = RATES.model_copy(update={"decay": decay, "warmup_steps": 0, "final_learning_rate": 0.001})
-        assert learning_rate(recipe, 0, 0.0) == pytest.approx(0.01)
-        assert learning_rate(recipe, 9, 0.5) == pytest.approx(0.0055)
-        assert learning_rate(recipe, 9, 1.0) == pytest.approx(0.001)
-    assert learning_rate(RATES.model_copy(update={"warmup_steps": 0, "decay": "linear"}), 0, 0.25) == pytest.approx(
-        0.75 * (0.01 - RATES.final_learning_rate) + RATES.final_learning_rate
-    )
+# Muon
 
 
-# Runs that stop and go on
+@pytest.mark.parametrize("shape", [(24, 24), (40, 16), (16, 40), (3, 2, 12, 30), (5, 30, 12)])
+def test_an_update_is_orthogonal_and_keeps_its_directions(shape: tuple[int, ...]) -> None:
+    """U S V^T becomes nearly U V^T: singular values near 1, and what the matrix is multiplied with stays positive."""
+    u, _, vh = torch.linalg.svd(torch.randn(shape, generator=torch.Generator().manual_seed(2)), full_matrices=False)
+    s = torch.linspace(0.1, 1.0, u.shape[-1])
+    found = orthogonal(u * s @ vh)
+    core = u.mT @ found @ vh.mT
+    values = core.diagonal(dim1=-2, dim2=-1)
+    assert float(values.min()) > 0.65 and float(values.max()) < 1.25
+    torch.testing.assert_close(core, torch.diag_embed(values), atol=1e-4, rtol=0)
+    torch.testing.assert_close(torch.linalg.svdvals(found).sort().values, values.sort().values, atol=1e-4, rtol=0)
 
 
-@pytest.fixture
-def recipe(tmp_path: Path) -> Recipe:
-    corpus = tmp_path / "corpus"
-    corpus.mkdir()
-    for n in range(12):
-        (corpus / f"{n}.txt").write_text("\n".join(f"line {i * n} of file {n}" for i in range(60)))
-    changes = {"preset": "nano"}
-    data = {"corpus": str(corpus), "row_length": 32, "held_out_every": 3}
-    train = {"steps": 6, "rows_per_step": 4, "rows_per_microbatch": 2, "warmup_steps": 2, "learning_rate": 3e-3}
-    more = {"init_std": 0.05, "evaluate_every": 2, "save_every": None, "bias_speed": 0.01}
-    return Recipe.build({"model": changes, "data": data, "train": train | more})
+def test_scale_means_nothing_and_nothing_stays_nothing() -> None:
+    matrices = torch.randn(3, 8, 5, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(orthogonal(matrices * 1024), orthogonal(matrices))
+    matrices[1] = 0
+    found = orthogonal(matrices)
+    assert not found[1].any() and found.isfinite().all()
 
 
-class Crash(BaseException):
-    """Stands for a kill: nothing catches it."""
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24)])
+def test_two_steps_equal_torchs_muon(shape: tuple[int, int]) -> None:
+    """In bfloat16, which torch's always computes in, and for each matrix of a stack as for one."""
+    generator = torch.Generator().manual_seed(0)
+    stack = torch.randn(3, *shape, generator=generator)
+    single = [nn.Parameter(matrix.clone()) for matrix in stack]
+    witness = torch.optim.Muon(single, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    ours = Muon({"stack": stack, "first": (first := stack[0].clone())}, torch.bfloat16)
+    for _ in range(2):
+        gradient = torch.randn(3, *shape, generator=generator)
+        ours.step({"stack": gradient, "first": gradient[0]}, 0.02, 0.1)
+        for parameter, part in zip(single, gradient, strict=True):
+            parameter.grad = part.clone()
+        witness.step()
+    wanted = torch.stack([p.detach() for p in single])
+    torch.testing.assert_close(stack, wanted, atol=2e-4, rtol=0)
+    torch.testing.assert_close(first, wanted[0], atol=2e-4, rtol=0)
 
 
-def crash_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = count(1)
-
-    def train_step(*arguments: object) -> step.StepResult:
-        if next(calls) > steps:
-            raise Crash
-        return step.train_step(*arguments)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(loop, "train_step", train_step)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_run_that_was_killed_goes_on_as_if_it_had_not(
-    recipe: Recipe, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"dtype": dtype, "save_every": 3})})
-    whole, killed = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "killed")
-    loop.train(recipe, whole.path)
-    with monkeypatch.context() as patched:
-        crash_after(5, patched)
-        with pytest.raises(Crash):
-            loop.train(recipe, killed.path)
-    result = loop.train(recipe, killed.path, resume=True)
-    assert result.steps == 6 and not result.interrupted
-    assert (whole.model / "model.safetensors").read_bytes() == (killed.model / "model.safetensors").read_bytes()
-
-    def told(folder: RunFolder) -> Iterator[dict[str, object]]:
-        for line in read_metrics(folder.metrics):
-            yield {key: value for key, value in line.items() if "second" not in key}
-
-    assert list(told(whole)) == list(told(killed))
+def test_muon_takes_the_matrices_of_the_layers_and_adamw_the_rest() -> None:
+    """Heads of an up-projection are one matrix, experts are many; embedding, head, gates and norms go on as before."""
+    (model, muon), (twin, adamw) = fresh(MUON), fresh(RATES)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    one_step(muon, some_gradients(model, 1))
+    one_step(adamw, some_gradients(model, 1))
+    after, plain = dict(model.named_parameters()), dict(twin.named_parameters())
+    roles = {parameter.name: parameter.role for parameter in parameters(SMALL)}
+    for name, weight in before.items():
+        now = after[name].detach()
+        if roles[name] in ("embedding", "head", "gate", "norm"):
+            assert torch.equal(now, plain[name]), name
+            continue
+        update = (weight * (1 - RATES.learning_rate * RATES.weight_decay) - now) / RATES.learning_rate
+        matrices = update.flatten(0, 1) if name.endswith(("k_up", "v_up")) else update
+        rows, columns = matrices.shape[-2:]
+        assert matrices.ndim == (3 if ".experts." in name else 2)
+        values = torch.linalg.svdvals(matrices / (0.2 * max(rows, columns) ** 0.5))
+        assert float(values.median()) == pytest.approx(0.95, abs=0.25), name
+        assert float(values.max()) < 1.3, name
+        assert 0.1 < float(update.square().mean().sqrt()) < 0.25, name  # about as large as AdamW's
 
 
-def test_resuming_takes_new_rates_but_no_other_model_or_data(recipe: Recipe, tmp_path: Path) -> None:
-    loop.train(recipe, tmp_path / "run")
-    stored = recipe.model_dump()
-    for change in ("model.hidden_size=32", "data.row_length=16", "train.seed=3"):
-        with pytest.raises(UserError, match=change.partition("=")[0].split(".")[0]):
-            loop.train(Recipe.build(stored, [change]), tmp_path / "run", resume=True)
-    longer = Recipe.build(stored, ["train.steps=7", "train.weight_decay=0.5", "train.beta2=0.9"])
-    assert loop.train(longer, tmp_path / "run", resume=True).steps == 7
-    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
-    assert [line["step"] for line in lines if line["kind"] == "step"] == list(range(1, 8))
-    assert sum(line.get("whole", False) for line in lines) == 1
+# Both
 
 
-def test_a_damaged_state_is_told(recipe: Recipe, tmp_path: Path) -> None:
-    loop.train(recipe, tmp_path / "run")
-    state = tmp_path / "run" / "state.pt"
-    for content in (b"", b"not a state", state.read_bytes()[:5000]):
-        state.write_bytes(content)
-        with pytest.raises(UserError, match="damaged"):
-            loop.train(recipe, tmp_path / "run", resume=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("recipe", [RATES, MUON], ids=["adamw", "muon"])
+def test_a_kept_state_goes_on_to_the_same_bits(recipe: TrainSection, dtype: torch.dtype) -> None:
+    model, optimizer = fresh(recipe, dtype)
+    one_step(optimizer, some_gradients(model, 1))
+    kept = deepcopy(optimizer.state())
+    one_step(optimizer, some_gradients(model, 2))
+    other = Transformer(SMALL, dtype)
+    initialise(other, 0.5, seed=9)
+    again = Optimizer(other, recipe)
+    again.load_state(kept)
+    one_step(again, some_gradients(model, 2))
+    for (name, weight), same in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(weight, same), name
+        assert torch.equal(optimizer.masters[name], again.masters[name]), name
 
 
-def test_a_full_disk_while_saving_the_state_keeps_the_older_one(
-    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """/dev/full is a device that is always full."""
-    loop.train(recipe, tmp_path / "run")
-    before = (tmp_path / "run" / "state.pt").read_bytes()
-
-    def full(*arguments: object) -> None:
-        with open("/dev/full", "wb") as handle:
-            real({"a": torch.zeros(100_000)}, handle)
-
-    real = torch.save
-    monkeypatch.setattr(torch, "save", full)
-    longer = Recipe.build(recipe.model_dump(), ["train.steps=7"])
-    with pytest.raises(UserError, match="disk is full"):
-        loop.train(longer, tmp_path / "run", resume=True)
-    assert (tmp_path / "run" / "state.pt").read_bytes() == before
+@pytest.mark.parametrize("recipe", [RATES, MUON], ids=["adamw", "muon"])
+def test_forgotten_gradients_change_nothing(recipe: TrainSection) -> None:
+    (model, optimizer), (other, untouched) = fresh(recipe), fresh(recipe)
+    one_step(optimizer, some_gradients(model, 1))
+    one_step(untouched, some_gradients(model, 1))
+    optimizer.add(some_gradients(model, 2))
+    optimizer.forget()
+    one_step(optimizer, some_gradients(model, 3))
+    one_step(untouched, some_gradients(model, 3))
+    for (name, weight), same in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(weight, same), name
 
 
-def test_a_gradient_that_is_not_finite_changes_nothing_and_ends_a_run_in_the_end(
-    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(loop, "MOST_LEFT_OUT", 3)
-    models: list[Transformer] = []
-
-    def spoil(model: Transformer, std: float, seed: int) -> None:
-        initialise(model, std, seed)
-        model.lm_head.weight.data.fill_(float("inf"))  # behind every router, so that all loads are sensible
-        models.append(deepcopy(model))
-        models.append(model)
-
-    monkeypatch.setattr(loop, "initialise", spoil)
-    heard: list[Event] = []
-    with pytest.raises(UserError, match="not been finite for 3 steps"):
-        loop.train(recipe, tmp_path / "run", heard.append)
-    assert sum(isinstance(event, Note) and "left out" in event.text for event in heard) == 3
-    assert not any(isinstance(event, Saved) for event in heard)
-    assert [e.step for e in heard if isinstance(e, Step)] == [1, 2, 3]
-    before, after = (model.state_dict() for model in models)
-    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
-
-
-def test_metrics_are_whole_lines_of_json(recipe: Recipe, tmp_path: Path) -> None:
-    loop.train(recipe, tmp_path / "run")
-    text = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8")
-    assert all(json.loads(line)["kind"] in ("step", "evaluated") for line in text.splitlines())
-
-
-def test_workers_keep_the_order_and_begin_no_more_than_needed() -> None:
-    threads, drawn = torch.get_num_threads(), []
-
-    def items() -> Iterator[int]:
-        for n in range(50):
-            drawn.append(n)
-            yield n
-
-    results = Workers(2).map(lambda n: (n, torch.get_num_threads()), items())
-    assert next(results) == (0, 1)
-    assert len(drawn) <= 4
-    assert [n for n, _ in results] == list(range(1, 50))
-    assert torch.get_num_threads() == threads
+@pytest.mark.parametrize("recipe", [RATES, MUON], ids=["adamw", "muon"])
+def test_rates_and_decay_of_a_resumed_run_are_the_recipes(recipe: TrainSection) -> None:
+    """A state carries no settings: without gradients, only the new decay moves a matrix."""
+    model, optimizer = fresh(recipe)
+    zeros = [torch.zeros_like(p) for p in model.parameters()]  # clipped or summed, they stay what they are
+    one_step(optimizer, zeros)
+    other, again = fresh(recipe.model_copy(update={"weight_decay": 0.5, "embedding_rate": 1.0}))
+    again.load_state(deepcopy(optimizer.state()))
+    before = {name: p.detach().clone() for name, p in other.named_parameters()}
+    one_step(again, zeros)
+    for name, weight in other.named_parameters():
+        wanted = before[name] * (1.0 if weight.ndim == 1 else 1 - 0.01 * 0.5)
+        torch.testing.assert_close(weight.detach(), wanted, atol=1e-8, rtol=1e-6, msg=name)

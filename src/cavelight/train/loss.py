@@ -1,21 +1,66 @@
-"""What training minimises: next token, further tokens (MTP), and the balance within each sequence.
+"""What training minimises: next token, further tokens (MTP), and balance among the experts.
 
 Letters: T tokens of all rows in one row, J prediction depths (1 + MTP modules), D hidden size, V vocabulary,
 E experts, K experts a token.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from cavelight.data.batches import IGNORE, Batch
-from cavelight.kernels import cross_entropy
 from cavelight.model.ports import Attend, Dispatch, GroupedDispatch, PackedAttend
 from cavelight.model.router import Routing
 from cavelight.model.transformer import Transformer
-from cavelight.train.balance import sequence_balance_loss
+from cavelight.spec.sections import TrainSection
+from cavelight.train import schedule
+from cavelight.train.balance import Kind, Rows, Rules, balance_losses, counted, routers
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What the parts of the loss weigh at some point of a run. What weighs nothing is not computed.
+
+    `mtp` is lambda, `balance` the alphas; the defaults are the report's first ones. `devices`: over how many devices
+    the device and communication losses see the experts spread.
+    """
+
+    mtp: float = 0.3
+    balance: Mapping[Kind, float] = field(default_factory=lambda: {"sequence": 1e-4})
+    devices: int = 1
+
+    @classmethod
+    def at(cls, recipe: TrainSection, progress: float) -> "Weights":
+        alphas: dict[Kind, float] = {
+            "sequence": recipe.balance_alpha,
+            "expert": recipe.expert_alpha,
+            "device": recipe.device_alpha,
+            "communication": recipe.communication_alpha,
+            "batch": recipe.batch_alpha,
+        }
+        wanted = {kind: alpha for kind, alpha in alphas.items() if alpha}
+        return cls(schedule.mtp_weight(recipe, progress), wanted, recipe.balance_devices)
+
+
+@dataclass(frozen=True)
+class Whole:
+    """The step that a micro-batch belongs to: by what its sums are divided, so that micro-batches add up to it.
+
+    `counts`: tokens that count for each expert in the batch loss, int64 [E] a MoE layer, MTP's last; None where that
+    loss is not wanted or the micro-batch is the step.
+    """
+
+    labels: int  # for the next token
+    rows: int
+    counts: tuple[Tensor, ...] | None = None
+
+    @classmethod
+    def of(cls, *micro_batches: Batch) -> "Whole":
+        labels = sum(int((batch.targets_TJ[:, 0] != IGNORE).sum()) for batch in micro_batches)
+        return cls(labels, sum(len(batch.rows) for batch in micro_batches))
 
 
 @dataclass(frozen=True)
@@ -24,61 +69,90 @@ class Losses:
 
     main: Tensor  # sum of -log p over the labels, divided by the step's labels
     mtp: tuple[Tensor, ...]  # the same for each depth, divided by the same number: V3 report, eq. 24
-    balance: Tensor  # sum over MoE layers of the mean over the step's rows, before alpha: V3 report, eq. 17-20
+    balance: Mapping[Kind, Tensor]  # sums over MoE layers of the mean over the step's rows, before their alphas
     counts: tuple[Tensor, ...]
 
     def detach(self) -> "Losses":
-        return Losses(self.main.detach(), tuple(d.detach() for d in self.mtp), self.balance.detach(), self.counts)
+        balance = {kind: loss.detach() for kind, loss in self.balance.items()}
+        return Losses(self.main.detach(), tuple(d.detach() for d in self.mtp), balance, self.counts)
 
-    def total(self, mtp_weight: float, balance_alpha: float) -> Tensor:
-        """L_main + lambda / D sum_k L_k + alpha L_balance (V3 report, eq. 25 and 17)."""
-        total = self.main + balance_alpha * self.balance
-        return total + mtp_weight / len(self.mtp) * torch.stack(self.mtp).sum() if self.mtp else total
+    def total(self, weights: Weights) -> Tensor:
+        """L_main + sum of alpha L_balance + lambda / D sum_k L_k (V3 report, eq. 25 and 17)."""
+        total = self.main
+        for kind, loss in self.balance.items():
+            total = total + weights.balance[kind] * loss
+        return total + weights.mtp / len(self.mtp) * torch.stack(self.mtp).sum() if self.mtp else total
+
+
+@dataclass(frozen=True)
+class _Depth:
+    """What the trunk (depth 0) or an MTP module made of a batch; `keep_T` are the tokens that count, None for all."""
+
+    hidden_TD: Tensor
+    routings: Sequence[Routing]
+    labels_T: Tensor
+    keep_T: Tensor | None
 
 
 def losses(
     model: Transformer,
     batch: Batch,
-    labels: int | None = None,
-    rows: int | None = None,
+    weights: Weights | None = None,
+    step: Whole | None = None,
     attend: Attend | None = None,
     dispatch: Dispatch | None = None,
 ) -> Losses:
-    """Losses of one micro-batch.
+    """Losses of one micro-batch; by default it is the whole step, and the weights are the report's.
 
-    `labels` and `rows` are the next-token labels and the rows of the whole step, by which sums are divided so that
-    micro-batches add up to the step; by default this batch is the step. A label never lies beyond its document's
-    end; positions without a label at some depth count neither in that depth's loss nor in its module's balance.
+    A label never lies beyond its document's end; positions without a label at some depth count neither in that depth's
+    loss nor in its module's balance. Where lambda is 0 the modules are not run, and none of their experts is counted.
     """
+    weights, step = weights or Weights(), step or Whole.of(batch)
+    rows = Rows.of(batch.rows, batch.tokens_T.device)
+    rules = Rules.of(model.config, weights.devices)
+    step_counts = iter(step.counts or ())
+    nll: list[Tensor] = []
+    balance: dict[Kind, Tensor] = {}
+    counts: list[Tensor] = []
+    for depth, made in enumerate(_depths(model, batch, weights, attend, dispatch)):
+        head = partial(model.draft_nll, depth - 1) if depth else model.nll
+        nll.append(head(made.hidden_TD, made.labels_T) / step.labels)
+        for routing in made.routings:
+            counts.append(routing.counts(made.keep_T))
+            parts = balance_losses(routing, weights.balance, rows, rules, made.keep_T, next(step_counts, None))
+            for kind, part in parts.items():
+                share = part if kind == "batch" else part / step.rows
+                balance[kind] = balance[kind] + share if kind in balance else share
+    left = routers(model)[len(counts) :]
+    counts += [torch.zeros(len(router.weight), dtype=torch.int64, device=router.weight.device) for router in left]
+    return Losses(nll[0], tuple(nll[1:]), balance, tuple(counts))
+
+
+@torch.no_grad()
+def counts_for_step(model: Transformer, batch: Batch, weights: Weights) -> tuple[Tensor, ...]:
+    """One micro-batch's part of `Whole.counts`: a forward pass more, since f must be known before any backward."""
+    rules = Rules.of(model.config, weights.devices)
+    return tuple(
+        counted(routing, rules, made.keep_T)
+        for made in _depths(model, batch, weights, None, None)
+        for routing in made.routings
+    )
+
+
+def sum_by_layer(parts: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """Counts of all micro-batches, from those of each."""
+    return tuple(torch.stack(layer).sum(dim=0) for layer in zip(*parts, strict=True))
+
+
+def _depths(
+    model: Transformer, batch: Batch, weights: Weights, attend: Attend | None, dispatch: Dispatch | None
+) -> Iterator[_Depth]:
     attend = attend or PackedAttend(batch.segments)
     dispatch = dispatch or GroupedDispatch()
-    labels = labels if labels is not None else count_labels(batch)
-    rows = rows if rows is not None else len(batch.rows)
     hidden_TD, routings = model(batch.tokens_T, batch.positions_T, attend, dispatch)
-    main = _nll(model.head(hidden_TD), batch.targets_TJ[:, 0]) / labels
-    by_score = model.config.topk_method == "noaux_tc"
-    balance, counts = _balance(routings, batch.rows, None, rows, by_score)
-    mtp = []
-    for depth in range(len(model.mtp)):
-        label_T = batch.targets_TJ[:, depth + 1]
-        next_T = batch.tokens_T.roll(-depth - 1)  # wrong only at a row's end, where no label follows and nobody looks
-        hidden_TD, routings = model.draft(depth, hidden_TD, next_T, batch.positions_T, attend, dispatch)
-        mtp.append(_nll(model.draft_head(depth, hidden_TD), label_T) / labels)
-        module_balance, module_counts = _balance(routings, batch.rows, label_T != IGNORE, rows, by_score)
-        balance, counts = balance + module_balance, counts + module_counts
-    return Losses(main, tuple(mtp), balance, counts)
-
-
-def count_labels(batch: Batch) -> int:
-    return int((batch.targets_TJ[:, 0] != IGNORE).sum())
-
-
-def _nll(logits_TV: Tensor, labels_T: Tensor) -> Tensor:
-    return cross_entropy.fused(logits_TV, labels_T, IGNORE)
-
-
-def _balance(
-    routings: Sequence[Routing], lengths: Sequence[int], keep_T: Tensor | None, rows: int, by_score: bool
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    parts = [sequence_balance_loss(routing, lengths, keep_T, by_score=by_score) / rows for routing in routings]
-    return torch.stack(parts).sum() if parts else torch.zeros(()), tuple(r.counts(keep_T) for r in routings)
+    yield _Depth(hidden_TD, routings, batch.targets_TJ[:, 0], None)
+    for module in range(len(model.mtp) if weights.mtp else 0):
+        labels_T = batch.targets_TJ[:, module + 1]
+        next_T = batch.tokens_T.roll(-module - 1)  # wrong only at a row's end, where no label follows and nobody looks
+        hidden_TD, routings = model.draft(module, hidden_TD, next_T, batch.positions_T, attend, dispatch)
+        yield _Depth(hidden_TD, routings, labels_T, labels_T != IGNORE)

@@ -1,23 +1,26 @@
-"""Initialisation by role, AdamW on float32 masters, and the learning rate."""
+"""Initialisation by role; AdamW, or Muon and AdamW, on float32 masters."""
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from cavelight.model.transformer import Transformer
-from cavelight.spec.recipe import TrainSection
-from cavelight.spec.shapes import parameters
+from cavelight.spec.sections import TrainSection
+from cavelight.spec.shapes import Parameter, parameters
+from cavelight.train.muon import Muon
+
+MATRICES = {"attention", "dense", "expert", "shared_expert", "mtp_projection"}  # roles that Muon takes
 
 
 @torch.no_grad()
-def initialise(model: Transformer, std: float, seed: int) -> None:
+def initialise(model: Transformer, std: float, seed: int, stds: Mapping[str, float] | None = None) -> None:
     """Normal with the same deviation for every matrix, ones for norms, zero for routing biases (V3 report, 4.2).
 
-    Drawn in float32 in the shape table's order, so that a seed means the same model in every dtype.
+    `stds` gives roles of the shape table a deviation of their own. Drawn in float32 in the table's order, so that a
+    seed means the same model in every dtype.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator, stds = torch.Generator().manual_seed(seed), stds or {}
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     for parameter in parameters(model.config):
         tensor = tensors[parameter.name]
@@ -26,26 +29,35 @@ def initialise(model: Transformer, std: float, seed: int) -> None:
         elif parameter.role == "routing_bias":
             tensor.zero_()
         else:
-            tensor.copy_(torch.randn(parameter.shape, generator=generator) * std)
+            tensor.copy_(torch.randn(parameter.shape, generator=generator) * stds.get(parameter.role, std))
 
 
 class Optimizer:
-    """AdamW that keeps float32 masters where the model's weights are narrower, and sums gradients in float32.
+    """Keeps float32 masters where the model's weights are narrower, sums gradients in float32, and updates by AdamW.
 
-    Norms are exempt from weight decay: pulling a gain towards zero is no regularisation. Embedding and head may have
-    rates of their own; they decay as the others do.
+    Norms alone are exempt from weight decay: a gain has its neutral value at one, and pulling it towards zero is no
+    regularisation. The report names no exception, so embedding, head and gate decay like any matrix; embedding and
+    head at the same speed whatever their own rates are. With `optimizer = "muon"` the matrices inside the layers and
+    the MTP projections are Muon's; embedding, head, gates and norms, which are no maps between features or have rows
+    that meet a gradient now and then, remain AdamW's.
     """
 
     def __init__(self, model: Transformer, recipe: TrainSection) -> None:
-        roles = {parameter.name: parameter.role for parameter in parameters(model.config)}
+        table = {parameter.name: parameter for parameter in parameters(model.config)}
         self.weights: dict[str, nn.Parameter] = dict(model.named_parameters())
         self.masters = {
             name: weight if weight.dtype == torch.float32 else nn.Parameter(weight.detach().float())
             for name, weight in self.weights.items()
         }
         groups: dict[str, list[nn.Parameter]] = {"norm": [], "embedding": [], "head": [], "others": []}
+        matrices: dict[str, Tensor] = {}
         for name, master in self.masters.items():
-            groups[roles[name] if roles[name] in groups else "others"].append(master)
+            role = table[name].role
+            if recipe.optimizer == "muon" and role in MATRICES:
+                matrices[name] = _as_matrices(table[name], master.detach())
+            else:
+                groups[role if role in groups else "others"].append(master)
+        self.table, self.weight_decay = table, recipe.weight_decay
         self.factors = [1.0, recipe.embedding_rate, recipe.head_rate, 1.0]
         decays = [0.0, *(recipe.weight_decay / factor for factor in self.factors[1:])]
         self.adamw = torch.optim.AdamW(
@@ -53,51 +65,66 @@ class Optimizer:
             betas=(recipe.beta1, recipe.beta2),
             fused=True,
         )
+        self.muon = Muon(matrices, pick_dtype("auto"))
 
     @torch.no_grad()
     def add(self, gradients: Sequence[Tensor]) -> None:
-        """Add a micro-batch's gradients, in the order of the model's parameters."""
+        """Add a micro-batch's gradients, in the order of the model's parameters; they are the optimizer's from now."""
         for master, gradient in zip(self.masters.values(), gradients, strict=True):
             # torch's fused AdamW reads memory in order, whatever the strides
             master.grad = gradient.float().contiguous() if master.grad is None else master.grad.add_(gradient)
 
+    def gradient_norm(self) -> Tensor:
+        """L2 norm of all gradients that were added, a scalar; not finite if any of them is not."""
+        return nn.utils.get_total_norm([m.grad for m in self.masters.values() if m.grad is not None])
+
     @torch.no_grad()
-    def step(self, learning_rate: float, clip_norm: float) -> float:
-        """Clip, step, write the masters back. Returns the gradient's norm before clipping."""
-        norm = float(nn.utils.clip_grad_norm_(self.masters.values(), clip_norm))
-        if math.isfinite(norm):  # a NaN would poison every weight at once; the loop reports it
-            for group, factor in zip(self.adamw.param_groups, self.factors, strict=True):
-                group["lr"] = learning_rate * factor
-            self.adamw.step()
-            for name, weight in self.weights.items():
-                if weight is not self.masters[name]:
-                    weight.copy_(self.masters[name])
-        self.adamw.zero_grad(set_to_none=True)
-        return norm
+    def step(self, learning_rate: float, clip_norm: float, norm: Tensor) -> None:
+        """Clip gradients of this norm to `clip_norm`, update the masters and from them the weights, forget the rest."""
+        nn.utils.clip_grads_with_norm_(self.masters.values(), clip_norm, norm)
+        for group, factor in zip(self.adamw.param_groups, self.factors, strict=True):
+            group["lr"] = learning_rate * factor
+        self.adamw.step()
+        gradients = {name: _as_matrices(self.table[name], self._gradient(name)) for name in self.muon.matrices}
+        self.muon.step(gradients, learning_rate, self.weight_decay)
+        self.forget()
+        for name, weight in self.weights.items():
+            if weight is not self.masters[name]:
+                weight.copy_(self.masters[name])
+
+    def forget(self) -> None:
+        """Drop the gradients that were added."""
+        for master in self.masters.values():
+            master.grad = None
+
+    def _gradient(self, name: str) -> Tensor:
+        gradient = self.masters[name].grad
+        assert gradient is not None, "a step follows gradients"
+        return gradient
 
     def state(self) -> dict[str, object]:
-        return {"adamw": self.adamw.state_dict(), "masters": {name: m.detach() for name, m in self.masters.items()}}
+        """Everything but the recipe's settings. The tensors are the optimizer's own, not copies."""
+        masters = {name: master.detach() for name, master in self.masters.items()}
+        return {"adamw": self.adamw.state_dict(), "muon": self.muon.state(), "masters": masters}
 
     @torch.no_grad()
     def load_state(self, state: dict[str, object]) -> None:
-        adamw, masters = state["adamw"], state["masters"]
-        assert isinstance(adamw, dict) and isinstance(masters, dict)
+        """Go on from a `state` of the same model and the same kind of optimizer; the weights come with it."""
+        adamw, muon, masters = state["adamw"], state["muon"], state["masters"]
+        assert isinstance(adamw, dict) and isinstance(muon, dict) and isinstance(masters, dict)
         settings = [{key: group[key] for key in group if key != "params"} for group in self.adamw.param_groups]
         self.adamw.load_state_dict(adamw)
         for group, kept in zip(self.adamw.param_groups, settings, strict=True):
             group.update(kept)  # the recipe's, which may have changed since
+        self.muon.load_state(muon)
         for name, master in self.masters.items():
             master.copy_(masters[name])
             self.weights[name].copy_(master)
 
 
-def learning_rate(recipe: TrainSection, step: int, progress: float) -> float:
-    """Linear warm-up by steps, then a fall from the peak to the final rate as `progress` goes from 0 to 1."""
-    if step < recipe.warmup_steps:
-        return recipe.learning_rate * (step + 1) / recipe.warmup_steps
-    left = 1 - min(progress, 1.0)
-    height = left if recipe.decay == "linear" else (1 - math.cos(math.pi * left)) / 2
-    return recipe.final_learning_rate + (recipe.learning_rate - recipe.final_learning_rate) * height
+def _as_matrices(parameter: Parameter, tensor: Tensor) -> Tensor:
+    """What Muon takes for one matrix, or a stack of them: experts apart, the heads of an up-projection together."""
+    return tensor.flatten(0, 1) if parameter.axes[0] == "H" else tensor
 
 
 def pick_dtype(wanted: str) -> torch.dtype:
