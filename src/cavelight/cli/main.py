@@ -122,7 +122,9 @@ def evaluate(
     tasks: Annotated[
         str | None, typer.Option(metavar="NAME,NAME", help="Tasks of lm-evaluation-harness, as in arc_easy,hellaswag.")
     ] = None,
-    shots: Annotated[int, typer.Option(metavar="N", help="Examples before each question of --tasks.")] = 0,
+    shots: Annotated[
+        int | None, typer.Option(metavar="N", help="Examples before each question; the task's own number unless told.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(metavar="N", help="At most so many questions a task.")] = None,
     include: Annotated[
         Path | None, typer.Option(metavar="DIR", help="A folder with tasks of your own, for --tasks.")

@@ -58,6 +58,9 @@ class Recipe(Section):
                 f"train.ramp_from_rows {train.ramp_from_rows} is no multiple of train.rows_per_microbatch "
                 f"{train.rows_per_microbatch or train.rows_per_step} up to train.rows_per_step {train.rows_per_step}"
             )
+        experts = self.config.n_routed_experts or 0
+        if (train.device_alpha or train.communication_alpha) and experts % train.balance_devices:
+            problems.append(f"train.balance_devices {train.balance_devices} does not divide {experts} experts evenly")
         if self.data.row_length > self.config.max_position_embeddings:
             problems.append(
                 f"data.row_length {self.data.row_length} exceeds the model's "
