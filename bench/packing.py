@@ -17,12 +17,10 @@ import torch
 from bench.provenance import commit, leave_with, machine
 from cavelight.api import load
 from cavelight.cli.progress import screen
-from cavelight.data.batches import tokenize
-from cavelight.data.corpus import read_corpus
 from cavelight.disk import checkpoint_folder, file_beside
 from cavelight.spec.formats import named
 from cavelight.train.evaluate import held_out_bits_per_byte
-from cavelight.train.prepare import cache_folder
+from cavelight.train.prepare import held_out, read_corpora
 from cavelight.train.state import RunFolder
 from cavelight.train.workers import Workers
 from cavelight.weights.convert import convert
@@ -57,12 +55,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def measure(run: Path, scratch: Path) -> dict[str, Outcome]:
     recipe, outcomes = RunFolder(run).read_recipe(), {}
-    held = read_corpus(recipe.data.corpus, recipe.data.held_out_every, recipe.data.text_key).held
+    corpora = read_corpora(recipe.data)
     for name in FORMATS:
         with screen(f"{run} as {name}", as_json=False) as listen:
             convert(checkpoint_folder(run), scratch / name, named(name), dtype=torch.bfloat16, on_event=listen)
             model, tokenizer = load(scratch / name, torch.float32)
-            store = tokenize(held, tokenizer, cache_folder())
+            store, _ = held_out(corpora, tokenizer, listen)
             workers = Workers(torch.get_num_threads())
             bits = held_out_bits_per_byte(model, store, recipe.data.row_length, None, listen, workers)
         nbytes = sum(file.stat().st_size for file in (scratch / name).glob("*.safetensors"))

@@ -18,14 +18,12 @@ import torch
 from bench.provenance import commit, leave_with, machine
 from cavelight.api import load
 from cavelight.cli.progress import screen
-from cavelight.data.batches import tokenize
-from cavelight.data.corpus import read_corpus
 from cavelight.disk import file_beside
 from cavelight.errors import UserError
 from cavelight.model.transformer import Transformer
 from cavelight.run.generate import TokenStream
 from cavelight.spec.events import Phase
-from cavelight.train.prepare import cache_folder
+from cavelight.train.prepare import held_out, read_corpora
 from cavelight.train.state import RunFolder
 
 
@@ -64,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     model, tokenizer = load(options.run, torch.float32)
     recipe = RunFolder(options.run).read_recipe()
-    held = tokenize(read_corpus(recipe.data.corpus).held, tokenizer, cache_folder())
+    held, _ = held_out(read_corpora(recipe.data), tokenizer, lambda event: None)
     context = recipe.data.row_length - options.new
     if context < 1:
         raise UserError("No room for a prompt", got=f"{options.new} new tokens in rows of {recipe.data.row_length}")

@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cavelight.data import corpus
-from cavelight.data.corpus import Corpus, Document, read_corpus, stdlib_corpus, xz_bits_per_byte
+from cavelight.data import read as reading
+from cavelight.data.corpus import Corpus, read_corpus, stdlib_corpus, xz_bits_per_byte
+from cavelight.data.read import Document, Place, Source, documents_of, read_blocks
 from cavelight.errors import UserError
 
 
@@ -94,7 +96,7 @@ def test_one_text_file_is_cut_between_lines(tmp_path: Path) -> None:
 
 
 def test_a_long_file_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(corpus, "PIECE_BYTES", 10)
+    monkeypatch.setattr(reading, "PIECE_BYTES", 10)
     content = "äöü" * 50 + "\nend\n"  # a line far longer than a piece, of characters of two bytes
     read = read_corpus(str(folder_of(tmp_path, {"a": content, "b": "other"})))
     documents = [*read.train, *read.held]
@@ -104,11 +106,18 @@ def test_a_long_file_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @settings(deadline=None)
-@given(st.text(st.characters(exclude_categories=["Cs"])), st.integers(1, 9))
+@given(st.text(st.characters(exclude_categories=["Cs"])), st.integers(4, 12))
 def test_pieces_add_up(tmp_path_factory: pytest.TempPathFactory, text: str, size: int) -> None:
     path = tmp_path_factory.mktemp("pieces") / "a"
     path.write_bytes(text.encode())
-    assert "".join(corpus._pieces(path, size)) == text.removeprefix("\ufeff")
+    source = Source("a", path, "text", len(text.encode()), len(text.encode()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reading, "PIECE_BYTES", size)
+        blocks = list(read_blocks(source, Place(), "text"))
+        for number, block in enumerate(blocks, 1):  # reading may begin after any of them
+            assert list(read_blocks(source, block.after, "text")) == blocks[number:]
+    documents = [document for block in blocks for document in documents_of(block, "text", lambda name: True)]
+    assert "".join(document.text for document in documents) == text.removeprefix("\ufeff")
 
 
 def test_jsonl(tmp_path: Path) -> None:

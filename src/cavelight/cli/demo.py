@@ -7,9 +7,9 @@ comparison are the tour's own.
 import json
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cavelight.cli.generation import load, show
+from cavelight.cli.look import write_report
 from cavelight.cli.progress import screen
 from cavelight.cli.screen import ERR, INTERRUPTED, OUT, duration, say_json
 from cavelight.disk import file_beside
@@ -25,7 +26,8 @@ from cavelight.spec.events import Note, Phase
 from cavelight.spec.recipe import Recipe
 
 if TYPE_CHECKING:
-    from cavelight.data.corpus import Corpus, Documents
+    from cavelight.data.corpus import Corpus
+    from cavelight.data.read import Document
     from cavelight.data.tokenizer import Tokenizer
     from cavelight.model.transformer import Transformer
     from cavelight.run.stats import Stats
@@ -43,16 +45,16 @@ def demo(out: Path, changes: Sequence[str], as_json: bool) -> None:
     recipe, result = train(out, changes, as_json)
     bits = result.bits_per_byte
 
-    from cavelight.data.corpus import read_corpus
+    from cavelight.train.prepare import read_corpora
 
     model, tokenizer = load(out, "float32")  # what the run exported; in float32, tokens are the same with drafts
-    corpus = read_corpus(recipe.data.corpus)
-    compressed = compress(corpus)
-    prompts = held_out_prompts(corpus.held, model, tokenizer)
+    corpora = list(read_corpora(recipe.data).values())
+    compressed = compress(corpora)
+    prompts = held_out_prompts((document for corpus in corpora for document in corpus.held), model, tokenizer)
     if not as_json:
         sample(model, tokenizer, prompts[0])
     speed = compare(model, prompts, as_json)
-    files = draw(out, model, compressed, speed)
+    files = draw(out, model, compressed, speed, as_json)
     seconds = {"training": result.seconds, "whole": time.monotonic() - began}
     found = {"bits_per_byte": bits, "xz": compressed, "speed": speed.as_dict(), "seconds": seconds, "files": files}
     with file_beside(out / "demo.json") as scratch:
@@ -72,7 +74,7 @@ def train(out: Path, changes: Sequence[str], as_json: bool) -> "tuple[Recipe, Re
     from cavelight.train.state import RunFolder
 
     folder = RunFolder(out)
-    resume = folder.state.exists()
+    resume = folder.holds_a_run
     recipe = Recipe.build(folder.read_recipe().model_dump(), changes) if resume else Recipe.read("demo", changes)
     with screen("Training a small DeepSeek-V3", as_json) as listen:
         if resume:
@@ -83,15 +85,19 @@ def train(out: Path, changes: Sequence[str], as_json: bool) -> "tuple[Recipe, Re
     return recipe, result
 
 
-def compress(corpus: "Corpus") -> dict[str, float]:
+def compress(corpora: "Sequence[Corpus]") -> dict[str, float]:
     """Bits per byte of xz -9e on the held-out modules, alone and after it has seen the training files."""
     from cavelight.data.corpus import xz_bits_per_byte
 
+    def documents(part: str) -> "Iterator[Document]":
+        return chain.from_iterable(getattr(corpus, part) for corpus in corpora)
+
     with ERR.status("xz -9e compresses the held-out text, then the training files with it"):
-        return {"alone": xz_bits_per_byte(corpus.held), "seen": xz_bits_per_byte(corpus.held, seen=corpus.train)}
+        alone = xz_bits_per_byte(documents("held"))
+        return {"alone": alone, "seen": xz_bits_per_byte(documents("held"), seen=documents("train"))}
 
 
-def held_out_prompts(held: "Documents", model: "Transformer", tokenizer: "Tokenizer") -> list[list[int]]:
+def held_out_prompts(held: "Iterable[Document]", model: "Transformer", tokenizer: "Tokenizer") -> list[list[int]]:
     """Held-out text up to where a function begins, from PROMPTS modules; the beginnings of texts without functions."""
     from cavelight.run.generate import begin
 
@@ -180,18 +186,19 @@ def together(runs: "Sequence[Stats]") -> dict[str, Any]:
     return whole.as_dict() | {"tokens_per_second": rate}
 
 
-def draw(out: Path, model: "Transformer", compressed: dict[str, float], speed: Speed) -> dict[str, Path]:
+def draw(out: Path, model: "Transformer", compressed: dict[str, float], speed: Speed, as_json: bool) -> dict[str, Path]:
     """The figures of the tour, by what they show."""
-    from cavelight.see.draw import draw_architecture, draw_run, draw_speculation
-    from cavelight.train.state import RunFolder, read_metrics
+    from cavelight.see.draw import draw_architecture, draw_speculation
+    from cavelight.train.state import RunFolder
 
     folder = RunFolder(out)
-    files = {name: out / f"{name}.png" for name in ("report", "speculation", "architecture")}
-    reference = {"xz -9e": compressed["alone"], "xz that has seen the training files": compressed["seen"]}
-    draw_run(read_metrics(folder.metrics), files["report"], "A small DeepSeek-V3", reference, model.config)
+    files = {name: out / f"{name}.png" for name in ("speculation", "architecture")}
+    reference = {"xz -9e": compressed["alone"], "xz after the training files": compressed["seen"]}
+    with screen("Drawing", as_json) as listen:
+        page = write_report(out, listen, reference=reference, title="A small DeepSeek-V3").page
     draw_speculation(speed.with_drafts, speed.without, files["speculation"])
     draw_architecture(model.config, files["architecture"])
-    return {"checkpoint": folder.model, "metrics": folder.metrics, **files}
+    return {"checkpoint": folder.model, "metrics": folder.metrics, "report": page, **files}
 
 
 def conclude(out: Path, bits: float | None, compressed: dict[str, float], speed: Speed, files: dict[str, Path]) -> None:

@@ -1,34 +1,27 @@
-"""A corpus as token ids on disk, and the batches that training and evaluation read from it.
+"""The batches that training and evaluation read from token stores.
 
-Letters: N tokens of the store, M documents, T tokens of one batch (all rows laid end to end), L tokens of one row,
+Letters: N tokens of a store, M documents, T tokens of one batch (all rows laid end to end), L tokens of one row,
 J prediction depths (1 + MTP modules).
 """
 
-import json
-import logging
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import sha256
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cavelight.data.corpus import Documents
-from cavelight.data.tokenizer import Tokenizer
-from cavelight.disk import folder_beside
+from cavelight.data.mixture import Draw, Mixture
+from cavelight.data.shuffle import Permutation
+from cavelight.data.store import TokenStore
 from cavelight.errors import UserError
 
 IGNORE = -100  # a target that is no label: beyond its document or its row
 
 Int64 = NDArray[np.int64]
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -47,131 +40,71 @@ class Batch:
     segments: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class TokenStore:
-    """The tokens of one part of a corpus: each document is the beginning token, its text, the end token.
-
-    `tokens_N` stays on disk (uint16 or uint32); document m is tokens_N[starts_M1[m] : starts_M1[m + 1]], and its text
-    has bytes_M[m] bytes in UTF-8.
-    """
-
-    tokens_N: NDArray[Any]
-    starts_M1: Int64
-    bytes_M: Int64
-
-    def __len__(self) -> int:
-        return len(self.tokens_N)
-
-    @classmethod
-    def read(cls, folder: Path, key: str) -> "TokenStore | None":
-        """The store in `folder`, or None when it is absent, belongs to another `key`, or is damaged (said aloud)."""
-        try:
-            meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-            if meta["key"] != key:
-                return None
-            if any(_checksum(folder / name) != checksum for name, checksum in meta["checksums"].items()):
-                raise ValueError("a checksum differs")
-            starts_M1 = np.load(folder / "starts.npy")
-            tokens_N = np.memmap(folder / "tokens.bin", dtype=meta["dtype"], mode="r", shape=(int(starts_M1[-1]),))
-            return cls(tokens_N, starts_M1, np.load(folder / "bytes.npy"))
-        except FileNotFoundError:
-            if folder.exists():
-                log.warning("The tokens in %s are incomplete and are made again.", folder)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            log.warning("The tokens in %s are damaged (%s) and are made again.", folder, error)
-        return None
-
-
-def tokenize(
-    part: Documents,
-    tokenizer: Tokenizer,
-    cache_dir: str | Path,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-    *,
-    split_line_ends: float = 0.0,
-    group_bytes: int = 2 << 20,
-) -> TokenStore:
-    """The tokens of `part`, from `cache_dir` if they were kept there for the same files and the same tokenizer.
-
-    `progress` hears the bytes done and their (estimated) total. With `split_line_ends` that share of the tokens which
-    hold signs and a line's end are written as two, so that a model also meets a line that breaks off before its end (V3
-    report, section 4.1). Raises UserError when the part holds no text.
-    """
-    key = sha256(repr((1, part.fingerprint, part.part, tokenizer.fingerprint, split_line_ends)).encode()).hexdigest()
-    folder = Path(cache_dir) / f"tokens-{part.part}-{key[:16]}"
-    if (store := TokenStore.read(folder, key)) is not None:
-        return store
-    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
-    loosen = _line_end_splitter(tokenizer, split_line_ends)
-    starts, text_bytes, done = [0], [], 0
-    with folder_beside(folder) as scratch:
-        with open(scratch / "tokens.bin", "wb") as handle:
-            for group in _groups(part, group_bytes):
-                encoded = tokenizer.encode_batch([text for _, text in group])
-                for (name, text), ids in zip(group, encoded, strict=True):
-                    document = np.array([tokenizer.bos_id, *loosen(name, ids), tokenizer.eos_id], dtype)
-                    handle.write(document.tobytes())
-                    starts.append(starts[-1] + len(document))
-                    text_bytes.append(len(text.encode()))
-                    done += text_bytes[-1]
-                progress(min(done, part.size), part.size)
-        if not text_bytes:
-            raise UserError(f"The {part.part} part of the corpus is empty", got="no document with text", do="add text")
-        np.save(scratch / "starts.npy", np.array(starts, np.int64))
-        np.save(scratch / "bytes.npy", np.array(text_bytes, np.int64))
-        checksums = {name: _checksum(scratch / name) for name in ("tokens.bin", "starts.npy", "bytes.npy")}
-        meta = {"key": key, "dtype": dtype.str, "checksums": checksums}
-        (scratch / "meta.json").write_text(json.dumps(meta, indent=2), encoding="utf-8")
-    progress(part.size, part.size)
-    store = TokenStore.read(folder, key)
-    assert store is not None, "what was just written can be read"
-    return store
-
-
 class Batches:
-    """Batches of a store by number: `batch(step)` is the same whenever and wherever it is asked for.
+    """Rows of a mixture by number: each is the same whenever and wherever it is asked for.
 
-    A row is a window of L + 1 consecutive tokens of the store, seen as a ring of documents; the first L are inputs.
-    Each epoch cuts the ring at another place and takes its windows in another order; within an epoch each token is
-    met once as the next token of its row, but for fewer than L. `depths` is the number of MTP modules, J - 1. With
-    `mask_documents` a token sees only its own document, else all before it in its row (as in V3's pre-training).
+    A row is a window of L + 1 consecutive tokens of one store, seen as a ring of documents; the first L are inputs.
+    Each epoch of a store cuts the ring at another place and takes its windows in another order; within an epoch each
+    token is met once as the next token of its row, but for fewer than L. Of any number of rows from the first on, each
+    store has its share by the mixture's weights (`Draw`), and goes through epochs of its own. `depths` is the number
+    of MTP modules, J - 1. With `mask_documents` a token sees only its own document, else all before it in its row (as
+    in V3's pre-training).
     """
 
-    def __init__(
-        self, store: TokenStore, row_length: int, rows_per_batch: int, depths: int, seed: int, mask_documents: bool
-    ) -> None:
-        if len(store) <= row_length:
-            raise UserError(
-                "The corpus is shorter than one row",
-                got=f"{len(store)} tokens for rows of {row_length}",
-                do="give more text or a smaller row_length",
-            )
-        self.store, self.row_length, self.rows_per_batch = store, row_length, rows_per_batch
-        self.depths, self.seed, self.mask_documents = depths, seed, mask_documents
-        self.rows_per_epoch = len(store) // row_length
-        self._epoch = lru_cache(maxsize=2)(self._shuffled)
+    def __init__(self, mixture: Mixture, row_length: int, depths: int, seed: int, mask_documents: bool) -> None:
+        for store in mixture.stores:
+            if len(store) <= row_length:
+                raise UserError(
+                    "The corpus is shorter than one row",
+                    got=f"{len(store)} tokens for rows of {row_length}",
+                    do="give more text or a smaller row_length",
+                )
+        self.row_length, self.depths, self.mask_documents = row_length, depths, mask_documents
+        self._draw = Draw(mixture.weights)
+        self._rings = [_Ring(store, row_length, (seed, number)) for number, store in enumerate(mixture.stores)]
 
-    def batch(self, step: int) -> Batch:
-        """The batch with this number, from 0; epochs follow one another without end."""
-        first = step * self.rows_per_batch
-        return _pack([self._row(number) for number in range(first, first + self.rows_per_batch)])
+    def rows(self, first: int, count: int) -> Batch:
+        """`count` rows from number `first` on; they never end. Any thread may ask."""
+        return _pack([self._row(number) for number in range(first, first + count)])
 
     def _row(self, number: int) -> "_Row":
-        epoch, place = divmod(number, self.rows_per_epoch)
-        starts = self._epoch(epoch)
-        unrolled = starts[place] + np.arange(self.row_length + 1)
-        turn, index = np.divmod(unrolled, len(self.store))
-        documents = np.searchsorted(self.store.starts_M1, index, side="right")
-        documents += turn * len(self.store.starts_M1)  # a document met again on the next turn is another one
-        tokens = self.store.tokens_N[index].astype(np.int64)
-        return _Row.cut(tokens, documents, self.depths, self.mask_documents)
+        source, place = self._draw(number)
+        return _Row.cut(*self._rings[source].window(place), self.depths, self.mask_documents)
 
-    def _shuffled(self, epoch: int) -> Int64:
-        """Where each row of an epoch starts. Raw generator output is sorted, which no version of numpy changes."""
-        seeds = np.random.SeedSequence((self.seed % (1 << 64), epoch))
-        draws = np.random.PCG64(seeds).random_raw(self.rows_per_epoch + 1)
-        order = np.argsort(draws[1:], kind="stable")
-        return int(draws[0]) % len(self.store) + order * self.row_length
+
+class _Ring:
+    """A store's documents end to end, the first after the last, cut into windows of `length` anew in each epoch."""
+
+    def __init__(self, store: TokenStore, length: int, key: tuple[int, int]) -> None:
+        self.store, self.length, self.key = store, length, key
+        self.windows = len(store) // length
+        self._epoch = lru_cache(maxsize=4)(self._begun)
+
+    def window(self, number: int) -> tuple[Int64, Int64]:
+        """The tokens of window `number` and the one that follows, and the number of each one's document."""
+        epoch, place = divmod(number, self.windows)
+        start, shuffle = self._epoch(epoch)
+        begin = start + shuffle(place) * self.length
+        turn, begin = divmod(begin, len(self.store))
+        tokens, documents = self._span(begin, min(begin + self.length + 1, len(self.store)))
+        if missing := self.length + 1 - len(tokens):
+            others, met_again = self._span(0, missing)
+            # A document met again on the next turn is another one.
+            tokens = np.concatenate([tokens, others])
+            documents = np.concatenate([documents, met_again + len(self.store.bytes_M)])
+        return tokens, documents + turn * len(self.store.bytes_M)
+
+    def _span(self, begin: int, end: int) -> tuple[Int64, Int64]:
+        tokens = self.store.tokens_N[begin:end].astype(np.int64)
+        first, last = np.searchsorted(self.store.starts_M1, (begin, end - 1), side="right")
+        borders = np.clip(self.store.starts_M1[first - 1 : last + 1], begin, end)
+        return tokens, np.repeat(np.arange(first - 1, last), np.diff(borders))
+
+    def _begun(self, epoch: int) -> tuple[int, Permutation]:
+        """Where an epoch cuts the ring, and the order of its windows."""
+        key = (*self.key, epoch)
+        start = int.from_bytes(sha256(repr(("start", key)).encode()).digest()[:8], "little") % len(self.store)
+        return start, Permutation(self.windows, key)
 
 
 def evaluation_windows(
@@ -259,44 +192,3 @@ def _choose(store: TokenStore, limit_bytes: int | None) -> Int64:
             chosen.append(document)
             left -= store.bytes_M[document]
     return np.sort(np.array(chosen or [store.bytes_M.argmin()], np.int64))
-
-
-def _groups(part: Documents, group_bytes: int) -> Iterator[list[tuple[str, str]]]:
-    """Names and texts of documents, so many together as make good use of all cores and little memory."""
-    group: list[tuple[str, str]] = []
-    size = 0
-    for document in part:
-        group.append((document.name, document.text))
-        size += len(document.text)
-        if size >= group_bytes:
-            yield group
-            group, size = [], 0
-    if group:
-        yield group
-
-
-def _line_end_splitter(tokenizer: Tokenizer, share: float) -> Callable[[str, list[int]], list[int]]:
-    """A function of a document's name and ids that writes `share` of the tokens "signs, line end" as two."""
-    halves: dict[int, list[int]] = {}
-    for token_id in range(tokenizer.vocab_size) if share else ():
-        text = tokenizer.decode([token_id])
-        signs = text.rstrip()
-        line_end = text[len(signs) :]
-        if signs and "\n" in line_end and "\ufffd" not in text and token_id not in tokenizer.control.values():
-            halves[token_id] = tokenizer.encode(signs) + tokenizer.encode(line_end)
-
-    def split(name: str, ids: list[int]) -> list[int]:
-        # Drawn from the document's name, so that neither order nor grouping matters.
-        seed = int.from_bytes(sha256(name.encode("utf-8", "surrogateescape")).digest()[:8], "little")
-        draws = np.random.PCG64(seed).random_raw(len(ids)) < share * 2.0**64
-        return [piece for i, drawn in zip(ids, draws, strict=True) for piece in (halves.get(i, [i]) if drawn else [i])]
-
-    return split if halves else lambda name, ids: ids
-
-
-def _checksum(path: Path) -> int:
-    checksum = 0
-    with open(path, "rb") as handle:
-        while block := handle.read(1 << 20):
-            checksum = zlib.crc32(block, checksum)
-    return checksum

@@ -106,6 +106,9 @@ class Tokenizer:
         self.fingerprint = hashlib.sha256(definition.encode()).hexdigest()
         self._bytes = _bytes_of_ids(self._inner, added) if _is_byte_level(parts["decoder"]) else None
 
+    def __reduce__(self) -> tuple[type["Tokenizer"], tuple[str, dict[str, Any], str]]:
+        return Tokenizer, (self._definition, self._settings, self._source)  # the library forgets some of its settings
+
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
         """Read `path`: a folder that holds a tokenizer.json, or that file. Raises UserError."""

@@ -21,6 +21,9 @@ ENGINES = ("transformers",)
 
 def on_model(case: Case, text: str | None, on_event: Callable[[Event], None]) -> Iterator[Finding]:
     """All checks that run the model as it reads a text, if it can be loaded and there is a tokenizer."""
+    if case.config is not None and case.config.attention != "mla":
+        yield warned("model", "The model was not run: its readings to compare with are those of latent attention.")
+        return
     entries = (case.entries or {}).values()
     size = sum(entry.nbytes * (2 if entry.dtype == FP8 else 1) for entry in entries)  # fp8 is unpacked to bfloat16
     memory = _memory()

@@ -1,13 +1,17 @@
-"""From a recipe to tokens: corpus, tokenizer and token stores, each made once and kept until its inputs change."""
+"""From a recipe to tokens: corpora, tokenizer and token stores, each made once and kept until its inputs change."""
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from cavelight.data.batches import TokenStore, tokenize
+from cavelight.data import needles
 from cavelight.data.corpus import Corpus, Documents, read_corpus
+from cavelight.data.encode import Manner
+from cavelight.data.mixture import Mixture
+from cavelight.data.store import TokenStore
+from cavelight.data.tokenising import AS_WRITTEN, joined, tokenize
 from cavelight.data.tokenizer import RECIPE as RECIPE_OF_TOKENIZER
 from cavelight.data.tokenizer import Tokenizer, train_tokenizer
 from cavelight.disk import folder_beside
@@ -15,23 +19,31 @@ from cavelight.errors import UserError
 from cavelight.spec.config import ModelConfig
 from cavelight.spec.events import Event, Note, Phase
 from cavelight.spec.recipe import Recipe
+from cavelight.spec.sections import DataSection
+
+SAMPLE_BYTES = 256 << 20  # of text that a tokenizer is trained on at most; a larger corpus is sampled all over
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What the loop reads. `config` is the recipe's model with this tokenizer's special tokens."""
+    """What the loop reads. `config` is the recipe's model with this tokenizer's special tokens.
+
+    `train` draws from the sources by their weights. `held` is all held-out text, `held_of` that of each source by name.
+    """
 
     config: ModelConfig
-    corpus: Corpus
     tokenizer: Tokenizer
-    train: TokenStore
+    train: Mixture
     held: TokenStore
+    held_of: dict[str, TokenStore]
 
 
 def prepare(recipe: Recipe, on_event: Callable[[Event], None]) -> Prepared:
-    corpus = read_corpus(recipe.data.corpus, recipe.data.held_out_every, recipe.data.text_key)
-    on_event(Note(f"Corpus {corpus.name}: {corpus.train.size / 1e6:.1f} MB to learn from"))
-    tokenizer = _tokenizer(recipe, corpus, on_event)
+    corpora = read_corpora(recipe.data)
+    for name, corpus in corpora.items():
+        on_event(Note(f"Corpus {name}: {corpus.train.size / 1e6:.1f} MB to learn from"))
+    weights = tuple(source.weight for source in recipe.data.sources)
+    tokenizer = _tokenizer(recipe, list(zip(corpora.values(), weights, strict=True)), on_event)
     if tokenizer.vocab_size > recipe.config.vocab_size:
         raise UserError(
             "The tokenizer does not fit the model",
@@ -41,15 +53,36 @@ def prepare(recipe: Recipe, on_event: Callable[[Event], None]) -> Prepared:
     config = recipe.config.replace(
         bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id
     )
+    manner = Manner(recipe.data.split_line_ends, recipe.data.fim_rate)
+    train = tuple(_store(corpus.train, tokenizer, manner, on_event) for corpus in corpora.values())
+    held, held_of = held_out(corpora, tokenizer, on_event)
+    return Prepared(config, tokenizer, Mixture(train, weights), held, held_of)
 
-    def store(part: Documents, split_line_ends: float) -> TokenStore:
-        def progress(done: int, total: int) -> None:
-            on_event(Phase("tokenising", done, total, "B"))
 
-        return tokenize(part, tokenizer, cache_folder(), progress, split_line_ends=split_line_ends)
+def read_corpora(data: DataSection) -> dict[str, Corpus]:
+    """The recipe's sources, in its order, by names of their own. "needles" is written for rows of this length."""
+    corpora: dict[str, Corpus] = {}
+    for number, source in enumerate(data.sources, 1):
+        spec = str(needles.corpus(cache_folder(), data.row_length)) if source.corpus == needles.NAME else source.corpus
+        corpus = read_corpus(spec, data.held_out_every, source.text_key)
+        corpora[source.corpus if source.corpus not in corpora else f"{source.corpus} ({number})"] = corpus
+    return corpora
 
-    train, held = store(corpus.train, recipe.data.split_line_ends), store(corpus.held, 0.0)
-    return Prepared(config, corpus, tokenizer, train, held)
+
+def held_out(
+    corpora: dict[str, Corpus], tokenizer: Tokenizer, on_event: Callable[[Event], None]
+) -> tuple[TokenStore, dict[str, TokenStore]]:
+    """The tokens of all held-out text together, and of each corpus."""
+    stores = {name: _store(corpus.held, tokenizer, AS_WRITTEN, on_event) for name, corpus in corpora.items()}
+    fingerprints = repr([corpus.fingerprint for corpus in corpora.values()])
+    return joined(stores, tokenizer, cache_folder(), fingerprints), stores
+
+
+def _store(part: Documents, tokenizer: Tokenizer, manner: Manner, on_event: Callable[[Event], None]) -> TokenStore:
+    def progress(done: int, total: int) -> None:
+        on_event(Phase("tokenising", done, total, "B"))
+
+    return tokenize(part, tokenizer, cache_folder(), progress, manner=manner)
 
 
 def cache_folder() -> Path:
@@ -58,17 +91,29 @@ def cache_folder() -> Path:
     return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "cavelight"
 
 
-def _tokenizer(recipe: Recipe, corpus: Corpus, on_event: Callable[[Event], None]) -> Tokenizer:
-    """The one that the recipe names, or a byte-level BPE of the model's size trained on the corpus."""
+def _tokenizer(recipe: Recipe, corpora: list[tuple[Corpus, float]], on_event: Callable[[Event], None]) -> Tokenizer:
+    """The one that the recipe names, or a byte-level BPE of the model's size trained on the corpora."""
     if recipe.data.tokenizer is not None:
         return Tokenizer.load(recipe.data.tokenizer)
     size = recipe.config.vocab_size
-    made_of = (corpus.train.fingerprint, size, RECIPE_OF_TOKENIZER)
+    made_of = ([(corpus.fingerprint, weight) for corpus, weight in corpora], SAMPLE_BYTES, size, RECIPE_OF_TOKENIZER)
     key = hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]
     folder = cache_folder() / f"tokenizer-{key}"
     if not folder.is_dir():
         on_event(Note(f"Training a tokenizer of {size} tokens"))
-        tokenizer = train_tokenizer((document.text for document in corpus.train), size)
+        total = sum(weight for _, weight in corpora)
+        texts = (
+            text for corpus, weight in corpora for text in _sample(corpus.train, round(SAMPLE_BYTES * weight / total))
+        )
+        tokenizer = train_tokenizer(texts, size)
         with folder_beside(folder) as scratch:
             tokenizer.save(scratch)
     return Tokenizer.load(folder)
+
+
+def _sample(part: Documents, most: int) -> Iterator[str]:
+    """The texts of every so manieth block, of about `most` bytes together."""
+    every = -(-part.size // max(most, 1))
+    for number, block in enumerate(part.blocks()):
+        if number % every == 0:
+            yield from (document.text for document in part.documents(block))
