@@ -195,8 +195,9 @@ def report(documents: int, size: int, run: Run, alone: Alone, called: Sequence[s
         f"| `tokenizers` alone, text in memory | {alone.text_bytes / 1e6:,.0f} "
         f"| {alone.text_bytes / 1e6 / alone.rate:,.0f} | {alone.rate:.2f} | | |",
         f"The whole goes at {rate / alone.rate:.2f} times the rate of `tokenizers` {tokenizers.__version__} alone, all "
-        f"cores its own, of which reading, JSON and arrays are no part. It made {run.tokens:,} tokens. Cores are seconds "
-        "of processor time per second. Memory is the sum, over all processes, of the largest resident set of each.",
+        f"cores its own, of which reading, JSON and arrays are no part. It made {run.tokens:,} tokens. Cores are "
+        "seconds of processor time per second. Memory is the sum, over all processes, of the largest resident set of "
+        "each.",
         f"Command: `{shlex.join(['python', '-m', 'bench.tokenising', *called])}`  \nCommit: {commit()}  \n"
         f"Machine: {processor()}, {cores} cores",
     ]

@@ -5,7 +5,6 @@ import re
 import shlex
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -14,19 +13,13 @@ from typer.testing import CliRunner, Result
 
 import cavelight
 from cavelight.cli.main import app
-from cavelight.cli.progress import History, Picture, screen, sentence_of
-from cavelight.cli.screen import OUT, duration, sparkline, telling
-from cavelight.spec.events import Evaluated, Event, Note, Phase, Saved, Step
+from cavelight.cli.screen import telling
 
 COMMANDS = ("demo", "train", "eval", "generate", "chat", "plan")
 
 
 def call(*arguments: str) -> Result:
     return CliRunner().invoke(app, list(arguments))
-
-
-def step(number: int, of: int = 10, loss: float = 2.0) -> Step:
-    return Step(number, of, 100 * number, loss, 2.5, 1.0, 0.4, 1e-3, 1234.0, 60.0, (0.1, 0.7, 0.2))
 
 
 def test_help_names_every_command() -> None:
@@ -133,95 +126,3 @@ def test_the_package_offers_what_it_lists() -> None:
         assert getattr(cavelight, name)
     with pytest.raises(AttributeError, match="no attribute 'lode'"):
         _ = cavelight.lode
-
-
-EVENTS: tuple[Event, ...] = (
-    Phase("tokenising", 0, 7, "files"),
-    Phase("tokenising", 7, 7, "files"),
-    Note("three files"),
-    step(1),
-    step(2),
-    Evaluated(2, 1.5, False),
-    step(10),
-    Saved(Path("runs/x"), "finished"),
-)
-
-
-def test_events_as_json_lines(capsys: pytest.CaptureFixture[str]) -> None:
-    with screen("a run", as_json=True) as listen:
-        for event in EVENTS:
-            listen(event)
-    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [line.pop("kind") for line in lines] == [type(event).__name__.lower() for event in EVENTS]
-    assert lines[3] == {**asdict(step(1)), "max_vio": [0.1, 0.7, 0.2]}
-    assert lines[-1] == {"path": "runs/x", "why": "finished"}
-
-
-def test_json_lines_hold_no_nan(capsys: pytest.CaptureFixture[str]) -> None:
-    with screen("a run", as_json=True) as listen:
-        listen(step(1, loss=float("nan")))
-    assert json.loads(capsys.readouterr().out)["loss"] is None
-
-
-def test_plain_lines_are_few(capsys: pytest.CaptureFixture[str]) -> None:
-    with screen("a run", as_json=False) as listen:
-        for event in EVENTS:
-            listen(event)
-    assert capsys.readouterr().out.splitlines() == [
-        "a run",
-        "tokenising: 0 of 7 files",
-        "tokenising: 7 of 7 files",
-        "three files",
-        "step 2  held-out 1.500 bits per byte (a sample)",
-        "step 10/10  loss 2.000  MTP 2.500  1,234 tokens/s  worst MaxVio 0.70  1 min 00 s left",
-        "saved runs/x (finished)",
-    ]
-
-
-def test_the_live_picture_shows_all_figures() -> None:
-    picture = Picture("a run")
-    for event in EVENTS:
-        picture.take(event)
-    with OUT.capture() as captured:
-        OUT.print(picture.draw())
-    for figure in (
-        "step 10 of 10",
-        "100%",
-        "2.000",
-        "2.500",
-        "1.500",
-        "1,234",
-        "1.00e-03",
-        "0.40",
-        "0.70",
-        "1 min 00 s left",
-    ):
-        assert figure in captured.get()
-
-
-def test_sentences_leave_out_what_a_model_does_not_have() -> None:
-    plain = Step(1, 2, 3, 4.0, 0.0, 0.0, 0.5, 1e-3, 10.0, 5.0, ())
-    assert sentence_of(plain) == "step 1/2  loss 4.000  10 tokens/s  5 s left"
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0.4, "0 s"), (59.6, "1 min 00 s"), (245, "4 min 05 s"), (7380, "2 h 03 min"), (1e999, "–")]
-)
-def test_durations(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
-
-
-def test_sparklines() -> None:
-    assert sparkline([0, 1, 2, 3, 4, 5, 6, 7], 8) == "▁▂▃▄▅▆▇█"
-    assert sparkline([1, 1, 5, 5], 2) == "▁█"
-    assert sparkline([2, float("nan")], 5) == "▁"
-    assert sparkline([], 5) == ""
-
-
-def test_a_history_of_any_length_stays_small_and_even() -> None:
-    history = History(most=8)
-    for value in range(1000):
-        history.add(value)
-    assert len(history.values) <= 8
-    gaps = {b - a for a, b in zip(history.values, history.values[1:], strict=False)}
-    assert gaps == {history.stride}

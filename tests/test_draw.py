@@ -4,7 +4,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -13,15 +13,20 @@ import matplotlib
 import numpy as np
 import pytest
 from bench import balance
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Text
+from safetensors.torch import load_file
 
 from cavelight.errors import UserError
 from cavelight.see import style
 from cavelight.see.architecture import cells, draw_architecture, example
 from cavelight.see.draw import draw_comparison, draw_run, draw_speculation
+from cavelight.see.run_log import RunLog
 from cavelight.see.series import Series, last_tenth, moe_layer_names, smooth
+from cavelight.spec.config import ModelConfig
 from cavelight.spec.presets import preset, preset_names
+from cavelight.train.checkpoints import folder_of, saved_steps
 from cavelight.train.state import RunFolder, read_metrics
 
 SIX_LAYERS = preset("demo").replace(num_hidden_layers=6, n_routed_experts=16)
@@ -44,6 +49,8 @@ def metrics(
             | {"mtp_loss": (loss + 0.5) * mtp, "grad_norm": 1.0, "learning_rate": 3e-3 * (1 - step / steps)}
             | {"tokens_per_second": 8e3, "seconds_left": 0.0, "seconds": 0.2 * step, "counts": counts.tolist()}
             | {"max_vio": [float(load.max() / load.mean() - 1) for load in counts]}
+            | {"rows": min(8, 2 + step // 4), "skipped": False, "bias_range": [step / steps] * layers}
+            | {"mtp_losses": [loss + 0.5] * mtp, "peak_share": 0.3 + float(dice.normal(0, 0.01))}
         )
         if looks and step % max(steps // 8, 1) == 0:
             lines.append({"kind": "evaluated", "step": step, "bits_per_byte": loss / 2 + 0.8, "whole": False})
@@ -62,6 +69,10 @@ def stats(**changes: Any) -> dict[str, Any]:
         "accepted": [60, 35, 15],
         "off": None,
     } | changes
+
+
+def run(lines: Sequence[Mapping[str, Any]], config: ModelConfig | None = None) -> RunLog:
+    return RunLog("A run", Series.of(lines), config=config, reference=REFERENCE)
 
 
 PLAIN = stats(rounds=0, proposed=[], accepted=[], tokens_per_second=44.0, tokens_per_round=1.0)
@@ -85,14 +96,16 @@ def words(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def shown(text: Text) -> bool:
-    """Ticks beyond an axis' limits and those of a hidden axis exist but are not drawn."""
-    axes = text.axes
-    if axes is None or text in axes.texts or text.axes.axison is False:
-        return text.get_visible() and (axes is None or text in axes.texts)
-    box, area = text.get_window_extent(), axes.bbox.padded(2)
-    outside_x = text in axes.get_xticklabels() and not area.x0 <= (box.x0 + box.x1) / 2 <= area.x1
-    outside_y = text in axes.get_yticklabels() and not area.y0 <= (box.y0 + box.y1) / 2 <= area.y1
-    return text.get_visible() and not (outside_x or outside_y)
+    """Ticks beyond an axis' limits, and those of a hidden axis, exist but are not drawn."""
+    figure = text.get_figure()
+    assert figure is not None
+    for axes in figure.findobj(Axes):
+        for axis, centre in ((axes.xaxis, 0), (axes.yaxis, 1)):
+            if text in (tick.label1 for tick in axis.majorTicks):  # which does not know its axes itself
+                place, area = text.get_window_extent().get_points().mean(axis=0), axes.bbox.padded(2).get_points()
+                inside = area[0, centre] <= place[centre] <= area[1, centre]
+                return text.get_visible() and axes.axison and bool(inside)
+    return text.get_visible() and (text.axes is None or text.axes.axison or text in text.axes.texts)
 
 
 def check_places(figure: Figure, texts: list[Text]) -> None:
@@ -110,13 +123,13 @@ def check_places(figure: Figure, texts: list[Text]) -> None:
 def test_a_run_is_drawn_in_every_format_and_twice_alike(tmp_path: Path, suffix: str) -> None:
     first, second = tmp_path / f"a{suffix}", tmp_path / f"b{suffix}"
     for path in (first, second):
-        draw_run(metrics(), path, "A run", REFERENCE, SIX_LAYERS)
+        draw_run(run(metrics(), SIX_LAYERS), path)
     assert first.read_bytes().startswith(SIGNATURE[suffix])
     assert first.read_bytes() == second.read_bytes()
 
 
 def test_a_run_says_what_was_logged(tmp_path: Path, words: list[str]) -> None:
-    draw_run(metrics(), tmp_path / "run.png", "A run", REFERENCE, SIX_LAYERS)
+    draw_run(run(metrics(), SIX_LAYERS), tmp_path / "run.png")
     together = "\n".join(words)
     for part in ("A run", "40 steps", "81.9k tokens", "1.500 bits per byte on all held-out text", "1.50  all text"):
         assert part in together
@@ -139,14 +152,14 @@ def test_a_run_says_what_was_logged(tmp_path: Path, words: list[str]) -> None:
     ids=["one step", "no MTP", "many layers", "skewed", "dense", "a NaN", "all NaN", "interrupted"],
 )
 def test_every_kind_of_run_is_drawn(tmp_path: Path, words: list[str], lines: list[dict[str, Any]]) -> None:
-    draw_run(lines, tmp_path / "run.png", "A run", REFERENCE)
+    draw_run(run(lines), tmp_path / "run.png")
     together = "\n".join(words)
     assert "next token" in together and ("MTP  " in together) == any(line.get("mtp_loss") for line in lines)
 
 
 def test_what_is_missing_is_said(tmp_path: Path, words: list[str]) -> None:
     bare = [line | {"max_vio": [], "counts": []} for line in metrics(looks=False)]
-    draw_run(bare, tmp_path / "run.png", "A run")
+    draw_run(run(bare), tmp_path / "run.png")
     draw_speculation(stats(rounds=0, off="the model has no MTP modules"), PLAIN, tmp_path / "speed.png")
     for sentence in ("not evaluated in this run", "no layer has experts", "the model has no MTP modules"):
         assert sentence in words
@@ -266,7 +279,7 @@ def test_numbers_are_short(number: float, text: str) -> None:
 def test_drawing_leaves_no_trace(tmp_path: Path) -> None:
     before = dict(matplotlib.rcParams)
     sys.modules.pop("matplotlib.pyplot", None)
-    draw_run(metrics(), tmp_path / "run.png", "A run")
+    draw_run(run(metrics()), tmp_path / "run.png")
     assert dict(matplotlib.rcParams) == before and "matplotlib.pyplot" not in sys.modules
     assert [file.name for file in tmp_path.iterdir()] == ["run.png"]
 
@@ -277,17 +290,17 @@ def test_matplotlib_waits_until_something_is_drawn() -> None:
 
 
 def test_the_users_own_style_does_not_matter(tmp_path: Path) -> None:
-    draw_run(metrics(), tmp_path / "a.png", "A run")
+    draw_run(run(metrics()), tmp_path / "a.png")
     with matplotlib.rc_context({"figure.facecolor": "black", "font.size": 30, "savefig.transparent": True}):
-        draw_run(metrics(), tmp_path / "b.png", "A run")
+        draw_run(run(metrics()), tmp_path / "b.png")
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
 def test_mistakes_are_told(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="PNG, SVG or PDF"):
-        draw_run(metrics(), tmp_path / "run.jpeg", "A run")
+        draw_run(run(metrics()), tmp_path / "run.jpeg")
     with pytest.raises(UserError, match="nothing to draw"):
-        draw_run([], tmp_path / "run.png", "A run")
+        draw_comparison({"one": []}, tmp_path / "run.png")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -319,10 +332,9 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def biases(folder: Path) -> float:
-    import torch
-
-    state: Mapping[str, Any] = torch.load(folder / "state.pt", weights_only=True)
-    return max(float(bias_E.abs().max()) for bias_E in state["biases"])
+    saves = RunFolder(folder).saves
+    weights = load_file(folder_of(saves, saved_steps(saves)[-1]) / "weights.safetensors")
+    return max(float(weights[name].abs().max()) for name in weights if name.endswith("e_score_correction_bias"))
 
 
 def test_the_balance_bench_trains_twice_and_tells(tmp_path: Path, recipe: Path, words: list[str]) -> None:

@@ -95,7 +95,7 @@ def test_the_tour_goes_on_with_a_run_that_is_there(world: Path, tour: Result) ->
         "xz -9e",
         "with drafts",
         "the same with drafts and without",
-        "report.png",
+        "report/index.html",
     ):
         assert part in shown.output
     assert "step 3/3" not in shown.output  # nothing was trained again

@@ -7,6 +7,7 @@ from pathlib import Path
 import typer
 from rich.text import Text
 
+from cavelight.cli.look import write_report
 from cavelight.cli.progress import screen
 from cavelight.cli.screen import INTERRUPTED, OUT, duration, say_json
 from cavelight.errors import UserError
@@ -36,11 +37,13 @@ def train(recipe: str | None, changes: Sequence[str], out: Path | None, resume: 
 
     with screen(f"training {chosen.model.preset} into {folder}", as_json) as listen:
         result = run(chosen, folder, listen, resume=resume is not None)
+        page = None if result.interrupted else write_report(folder, listen).page
     if as_json:
-        say_json({"kind": "result", **asdict(result)})
+        say_json({"kind": "result", **asdict(result), "report": page})
     else:
         OUT.print(Text(summary(result.steps, result.tokens, result.seconds, result.bits_per_byte)))
         OUT.print(f"The model: {result.model}", soft_wrap=True)
+        OUT.print(f"The report: {page}" if page else f"Its report: cavelight look {folder}", soft_wrap=True)
     if result.interrupted:
         raise typer.Exit(INTERRUPTED)
 

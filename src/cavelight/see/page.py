@@ -67,7 +67,7 @@ script-src 'unsafe-inline'">
 <p class="how">Above, the layers that a token's vector runs through from left to right; below, one of them opened: how
 it looks at earlier tokens, what it caches of them, and how it works on what it found.</p>
 <div class="wide" tabindex="0" role="region" aria-label="Drawing of the model; scrolls sideways on narrow screens">
-{_themed(drawing, "Drawing of the model: " + ", ".join(content["facts"]))}
+{themed(drawing, "Drawing of the model: " + ", ".join(content["facts"]))}
 </div>
 </section>
 {sections}</main>
@@ -99,12 +99,17 @@ def _section(figure: Figure, f: int) -> str:
 """
 
 
-def _themed(svg: str, alt: str) -> str:
-    """A drawing's SVG as part of the page: its colours become the page's, which follow the scheme."""
+def themed(svg: str, alt: str, prefix: str = "") -> str:
+    """A drawing's SVG as part of the page: its colours become the page's, which follow the scheme.
+
+    prefix: of its ids, where a page holds several drawings.
+    """
     svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->\n?", "", svg, flags=re.DOTALL)
     for color, variable in VARIABLES.items():
         svg = svg.replace(color, f"var(--{variable})")
+    if prefix:
+        svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}-", svg)
     opening, rest = svg.split(">", 1)
     opening = re.sub(r' (width|height|xmlns|xmlns:xlink|version)="[^"]*"', "", opening)
     return f'{opening} role="img" aria-label="{escape(alt)}">{rest}'.replace("xlink:href", "href")

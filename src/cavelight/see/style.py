@@ -56,27 +56,28 @@ _LOOK: dict[Any, Any] = {
 
 
 @contextmanager
-def sheet(path: Path, width: float, height: float) -> Iterator["Figure"]:
-    """A figure of so many inches to draw on; saved when the block ends, as PNG, SVG or PDF by the path's suffix.
+def sheet(path: Path, width: float, height: float, *more: Path) -> Iterator["Figure"]:
+    """A figure of so many inches to draw on; saved when the block ends, as PNG, SVG or PDF by each path's suffix.
 
     Raises UserError for another suffix and for a disk that is full.
     """
-    if path.suffix.lower() not in FORMATS:
+    for wrong in [file for file in (path, *more) if file.suffix.lower() not in FORMATS]:
         raise UserError(
-            "A figure is written as PNG, SVG or PDF", got=str(path), do=f"end its name in one of {', '.join(FORMATS)}"
+            "A figure is written as PNG, SVG or PDF", got=str(wrong), do=f"end its name in one of {', '.join(FORMATS)}"
         )
     import matplotlib
     from matplotlib.figure import Figure
 
-    form = path.suffix.lower().removeprefix(".")
-    undated = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}[form]
+    undated = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(_LOOK)
         figure = Figure(figsize=(width, height), facecolor=GROUND)
         yield figure
-        with file_beside(path) as scratch:
-            figure.savefig(scratch, format=form, dpi=DOTS_PER_INCH, metadata=undated)
+        for file in (path, *more):
+            form = file.suffix.lower().removeprefix(".")
+            with file_beside(file) as scratch:
+                figure.savefig(scratch, format=form, dpi=DOTS_PER_INCH, metadata=undated[form])
 
 
 def heading(figure: "Figure", title: str, facts: Sequence[str] = (), left: float = 0.6) -> None:
@@ -132,12 +133,20 @@ def short(number: float, gap: str = "") -> str:
 def label_lines(axes: "Axes", labels: Sequence[tuple[float, str, str]], size: float = 8.5) -> None:
     """Words right of a panel at the height of their lines' ends, moved apart where they would overlap.
 
-    labels: (y in data units, text, colour). The panel's limits have to be set before.
+    labels: (y in data units, text, colour). The panel's limits and its scale have to be set before.
     """
-    low, high = axes.get_ylim()
     gap = _line(axes, size)
-    wanted = [(min(max(y, low), high) - low) / (high - low) for y, _, _ in labels]
-    for y, (_, text, color) in zip(spread(wanted, gap), labels, strict=True):
+    to_axes = axes.transData + axes.transAxes.inverted()
+    wanted = [min(max(float(to_axes.transform((0, y))[1]), 0), 1) for y, _, _ in labels]
+    placed, floor, ceiling = spread(wanted, gap), 0.0, 1.0
+    upwards = sorted(range(len(placed)), key=placed.__getitem__)
+    for i in upwards:  # none below the panel
+        placed[i] = max(placed[i], floor)
+        floor = placed[i] + gap
+    for i in reversed(upwards):  # none above it, where its title is
+        placed[i] = min(placed[i], ceiling)
+        ceiling = placed[i] - gap
+    for y, (_, text, color) in zip(placed, labels, strict=True):
         axes.annotate(
             text,
             (1, y),
@@ -197,11 +206,12 @@ def spread(wanted: Sequence[float], gap: float) -> list[float]:
     return [placed[i] for i in range(len(wanted))]
 
 
-def shades(count: int) -> list[str]:
-    """Blues from light to dark, one for each line of an ordered family."""
+def shades(count: int, family: Literal["blue", "amber"] = "blue") -> list[str]:
+    """Colours from light to dark, one for each line of an ordered family."""
     from matplotlib.colors import LinearSegmentedColormap, to_hex
 
-    scale = LinearSegmentedColormap.from_list("shades", ["#5b9bd0", "#1f6299", "#0a2c4d"])
+    ends = {"blue": ["#5b9bd0", "#1f6299", "#0a2c4d"], "amber": [AMBER, "#8a4300", "#4d2500"]}
+    scale = LinearSegmentedColormap.from_list("shades", ends[family])
     return [to_hex(scale(i / max(count - 1, 1))) for i in range(count)]
 
 
