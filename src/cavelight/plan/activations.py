@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from math import ceil
 from typing import Literal
 
-from cavelight.plan.layout import Recompute
 from cavelight.spec.config import ModelConfig
+from cavelight.spec.sections import Recompute
 
 Precision = Literal["bf16", "fp8"]
 

@@ -15,9 +15,9 @@ from typing import Any, Literal, Self, get_args
 
 from cavelight.errors import UserError
 from cavelight.spec.config import ModelConfig
+from cavelight.spec.sections import Recompute
 from cavelight.spec.shapes import Parameter, Role, parameters
 
-Recompute = Literal["none", "selective", "full"]
 Schedule = Literal["1f1b", "zb1p", "dualpipe", "dualpipev"]
 Zero = Literal[0, 1, 3]
 

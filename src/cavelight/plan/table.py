@@ -57,6 +57,7 @@ def facts(config: ModelConfig, context: int | None = None) -> dict[str, Any]:
     prediction modules, the cache does not; cache elements take two bytes. Training is counted for rows of the length
     before YaRN's stretch, prediction modules included, decoding for one token after `context` others, without them.
     """
+    config.check_latent("The planner")
     context = config.max_position_embeddings if context is None else context
     if context < 1:
         raise UserError("A context has at least one token", got=str(context), do="give a positive number")

@@ -14,7 +14,7 @@ from cavelight.errors import UserError
 from cavelight.plan import traffic
 from cavelight.plan.devices import Device
 from cavelight.plan.here import training_here
-from cavelight.plan.layout import Layout, Recompute, Schedule, held
+from cavelight.plan.layout import Layout, Schedule, held
 from cavelight.plan.memory import Memory, training_memory
 from cavelight.plan.pipeline import Chunk, step_seconds
 from cavelight.plan.serving import MOST_DEVICES, USABLE
@@ -22,6 +22,7 @@ from cavelight.plan.share import Form, share
 from cavelight.plan.speed import Rates, activation_bytes, sent_bytes
 from cavelight.spec import cost
 from cavelight.spec.config import ModelConfig
+from cavelight.spec.sections import Recompute
 
 # What training reaches of its kernels' sum, fitted to one figure: 180K H800 hours for 10^12 tokens (V3 report, table 1
 # and section 3.1; 2048 devices, PP16 with DualPipe, EP64, 120 rows a pipeline and step). In it are the 20 of 132

@@ -13,6 +13,8 @@ from pydantic import (
     model_validator,
 )
 
+Recompute = Literal["none", "selective", "full"]
+
 
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -84,7 +86,7 @@ class TrainSection(Section):
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of weights and activations; masters are always float32
     fp8: bool = False  # matrix products of E4M3 tiles and blocks (V3 report, section 3.3); emulated where need be
-    recompute: Literal["none", "selective", "full"] = "none"  # what the backward pass makes anew instead of keeping
+    recompute: Recompute = "none"  # what the backward pass makes anew instead of keeping
     compile: bool = False  # torch.compile, which takes a minute or more before the first step
 
     init_std: PositiveFloat = 0.006

@@ -32,6 +32,7 @@ from cavelight.train.optim import Optimizer, initialise, pick_dtype
 from cavelight.train.prefetch import Prefetch
 from cavelight.train.prepare import Prepared, prepare
 from cavelight.train.samples import Sampler
+from cavelight.train.recompute import recompute
 from cavelight.train.saves import Saves
 from cavelight.train.state import Progress, RunFolder, check_resumable, put_back, take
 from cavelight.train.step import StepResult, train_step
@@ -96,6 +97,7 @@ class _Run:
             _begin(self.model, recipe)
         if recipe.train.fp8:
             emulate(self.model)
+        recompute(self.model, recipe.train.recompute)
         self.optimizer = Optimizer(self.model, recipe.train)
         self.ema = Ema(self.model, recipe.train.ema_decay) if recipe.train.ema_decay else None
         self.progress = put_back(saved, self.model, self.optimizer, self.ema) if saved else Progress()
