@@ -64,7 +64,7 @@ def both(name: str, steps: int, changes: Sequence[str]) -> dict[str, Recipe]:
 
 def go_through(recipe: Recipe, folder: RunFolder, label: str) -> bool:
     """Train, or go on with what the folder holds; False when Ctrl-C ended it."""
-    begun = folder.state.exists()
+    begun = folder.holds_a_run
     if begun and folder.read_recipe() != recipe:
         raise UserError(
             f"{folder.path} holds a run of another recipe", do="remove it, or choose another folder with --runs"

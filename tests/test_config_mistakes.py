@@ -82,7 +82,7 @@ YARN = {"type": "yarn", "factor": 4, "original_max_position_embeddings": 128}
         # Sizes.
         ({"hidden_size": ...}, "hidden_size is missing"),
         ({"q_lora_rank": ...}, "q_lora_rank is missing"),
-        ({"kv_lora_rank": -1}, "kv_lora_rank should be greater than 0, got -1"),
+        ({"kv_lora_rank": -1}, "kv_lora_rank should be greater than or equal to 0, got -1"),
         ({"vocab_size": "512"}, "vocab_size should be a valid integer, got '512'"),
         ({"num_hidden_layers": True}, "num_hidden_layers should be a valid integer, got True"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps should be"),

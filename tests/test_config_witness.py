@@ -26,6 +26,8 @@ TINY = {
 }
 # Fields that transformers has under the same name. What it lacks, its model classes imply or do without.
 SHARED = ModelConfig.model_fields.keys() - {
+    "attention",
+    "num_key_value_heads",
     "rope_theta",
     "rope_scaling",
     "torch_dtype",

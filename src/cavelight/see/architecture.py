@@ -29,8 +29,10 @@ MODULES_DRAWN = 2
 def draw_architecture(config: ModelConfig, path: Path, title: str = "A DeepSeek-V3-style model") -> None:
     """The model in one picture, its sizes from the configuration and the table of parameters.
 
-    path: ends in .png, .svg or .pdf. Of more than two prediction modules the first and the last are drawn.
+    path: ends in .png, .svg or .pdf. Of more than two prediction modules the first and the last are drawn. Raises
+    UserError for a model without latent attention.
     """
+    config.check_latent("The drawing of a model")
     with style.sheet(path, WIDTH, HEIGHT) as figure:
         style.heading(figure, title, _facts(config), left=LEFT)
         axes = figure.add_axes((0, 0, 1, 1))

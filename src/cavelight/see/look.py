@@ -43,6 +43,7 @@ def look(checkpoint: Checkpoint, out: Path, on_event: Callable[[Event], None] = 
     UserError for a folder that holds other things, for tensors that do not fit the configuration, and for full disks.
     """
     _check_place(out)
+    checkpoint.config.check_latent("The look inside")
     found = measure(checkpoint, on_event)
     shown = figures(found)
     drawn = [figure for figure in shown if is_drawn(figure)]

@@ -8,10 +8,11 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ModelWrapValidatorHandler,
@@ -31,6 +32,8 @@ Experts = Annotated[int, Field(gt=0, le=10_000)]
 Modules = Annotated[int, Field(ge=0, le=100)]
 TokenId = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
+Some = TypeVar("Some")
+OrNone = Annotated[Some | None, BeforeValidator(lambda value: None if value == 0 else value)]  # TOML has no null
 _FROZEN = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
@@ -54,6 +57,9 @@ class Yarn(BaseModel):
 class ModelConfig(BaseModel):
     """A DeepSeek-V2 or -V3 style language model.
 
+    `attention` "gqa" puts plain attention in the place of MLA, to compare with: `num_key_value_heads` heads of keys and
+    values for all query heads (MHA: as many, MQA: one), rotated in full. Its heads are qk_rope_head_dim and v_head_dim
+    wide, and the sizes of what it does not have are 0: kv_lora_rank, qk_nope_head_dim (and q_lora_rank None).
     `mtp_hidden` says what a prediction module is fed: the hidden state after the final norm (for later modules: after
     the norm of the module before), or before it. `aux_loss_alpha` and `initializer_range` are carried along for other
     programs: training takes its own from the recipe. `extra` holds the harmless keys of a config.json that are no
@@ -70,18 +76,20 @@ class ModelConfig(BaseModel):
     num_nextn_predict_layers: Modules = 0
     max_position_embeddings: Size
 
+    attention: Literal["mla", "gqa"] = "mla"
     num_attention_heads: Size
+    num_key_value_heads: Size | None = None
     q_lora_rank: Size | None
-    kv_lora_rank: Size
-    qk_nope_head_dim: Size
+    kv_lora_rank: Count
+    qk_nope_head_dim: Count
     qk_rope_head_dim: Size
     v_head_dim: Size
     rms_norm_eps: Positive = 1e-6
     rope_theta: Annotated[float, Field(gt=1)] = 10000.0
     rope_scaling: Yarn | None = None
 
-    n_routed_experts: Experts | None
-    n_shared_experts: Size | None
+    n_routed_experts: OrNone[Experts]
+    n_shared_experts: OrNone[Size]
     num_experts_per_tok: Count
     moe_intermediate_size: Count
     first_k_dense_replace: Count
@@ -115,7 +123,9 @@ class ModelConfig(BaseModel):
 
     @property
     def cache_width(self) -> int:
-        """C + R: what one layer keeps of one token, in elements."""
+        """C + R: what one layer keeps of one token, in elements; keys and values of plain attention, g (R + U)."""
+        if self.num_key_value_heads is not None:
+            return self.num_key_value_heads * (self.qk_rope_head_dim + self.v_head_dim)
         return self.kv_lora_rank + self.qk_rope_head_dim
 
     @property
@@ -128,6 +138,16 @@ class ModelConfig(BaseModel):
         if self.n_routed_experts is None:
             return False
         return layer >= self.first_k_dense_replace and layer % self.moe_layer_freq == 0
+
+    def check_latent(self, who: str) -> None:
+        """Raise UserError, in the name of `who` was asked, for a model without latent attention."""
+        if self.attention != "mla":
+            raise UserError(
+                f"{who} knows latent attention alone",
+                got=f"attention {self.attention}",
+                why="plain attention is here to be compared with: such a model can be trained, evaluated and run",
+                do="give a model whose attention is mla",
+            )
 
     def replace(self, **changes: Any) -> Self:
         """This configuration with some fields changed, checked again."""
@@ -229,6 +249,27 @@ def _problems_of_the_rest(cls: type[ModelConfig], data: Any, error: ValidationEr
         if sentence:
             problems.append(sentence)
     return problems
+
+
+def _attention(c: Any) -> str | None:
+    if c.attention == "mla":
+        zero = [name for name in ("kv_lora_rank", "qk_nope_head_dim") if getattr(c, name) == 0]
+        if zero:
+            return f"{' and '.join(zero)} must be greater than 0 for latent attention"
+        if c.num_key_value_heads is not None:
+            return "num_key_value_heads is for attention gqa alone: latent attention has one per head"
+        return None
+    foreign = [name for name in ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim") if getattr(c, name)]
+    if foreign:
+        return (
+            f"attention is gqa, but {' and '.join(foreign)} belong to latent attention: q_lora_rank is null, others 0"
+        )
+    if c.num_key_value_heads is None or c.num_attention_heads % c.num_key_value_heads:
+        return (
+            f"num_key_value_heads is {c.num_key_value_heads}, but attention gqa shares each of them among equally many "
+            f"of the {c.num_attention_heads} heads"
+        )
+    return None
 
 
 def _rotary_pairs(c: Any) -> str | None:
@@ -335,6 +376,7 @@ def _extra(c: Any) -> str | None:
 
 
 _CHECKS: tuple[Callable[[Any], str | None], ...] = (
+    _attention,
     _rotary_pairs,
     _yarn,
     _dense_first,

@@ -76,7 +76,8 @@ def flops_per_token(
 
     Counted are matrix products; attention is causal, so a token sees past + (queries + 1) / 2 rows on average.
     `expanded` brings every latent it sees to keys and values once per pass (V3 report, equations 1-11), `absorbed`
-    takes the queries to the latents instead. `training` adds the backward pass, twice the forward one; nothing is
+    takes the queries to the latents instead. Plain attention has one form, counted without the products by zeros and
+    ones with which model.gqa picks its heads. `training` adds the backward pass, twice the forward one; nothing is
     recomputed. With `mtp` the prediction modules run too, each with a use of the head.
     """
     uses_of_head = 1 + config.num_nextn_predict_layers if mtp else 1
@@ -93,6 +94,8 @@ def _attention_products(config: ModelConfig, past: int, queries: int, form: Form
     H, N, R = config.num_attention_heads, config.qk_nope_head_dim, config.qk_rope_head_dim
     U, C = config.v_head_dim, config.kv_lora_rank
     visible = past + (queries + 1) / 2
+    if config.attention == "gqa":
+        return H * visible * (R + U)
     if form == "absorbed":
         return H * (visible * (C + R + C) + (N + U) * C)
     expansions = (past + queries) / queries
@@ -115,12 +118,17 @@ class CacheSizes:
     mqa: int
 
 
+def stored_bytes_per_token(config: ModelConfig, bytes_per_element: int = 2, mtp: bool = False) -> int:
+    """What our cache holds of one token of context: latents and rotary keys, or keys and values of plain attention."""
+    return config.cache_width * _layers(config, mtp) * bytes_per_element
+
+
 def cache_bytes_per_token(config: ModelConfig, bytes_per_element: int = 2, mtp: bool = False) -> CacheSizes:
-    """Cache bytes per token for MLA and its alternatives; `mtp` counts the prediction modules' layers too."""
+    """Cache bytes per token for MLA, if the model has it, and its alternatives; `mtp` counts MTP's layers too."""
     H, N, U = config.num_attention_heads, config.qk_nope_head_dim, config.v_head_dim
     unit = _layers(config, mtp) * bytes_per_element
     return CacheSizes(
-        mla=config.cache_width * unit,
+        mla=stored_bytes_per_token(config, bytes_per_element, mtp),
         expanded=H * (config.qk_head_dim + U) * unit,
         mha=H * (N + U) * unit,
         gqa8=min(8, H) * (N + U) * unit,

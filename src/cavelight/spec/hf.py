@@ -3,14 +3,22 @@
 Two spellings are read: the one of the released checkpoints (`rope_scaling`, `rope_theta`, `torch_dtype`) and that of
 transformers 5 (`rope_parameters`, `dtype`, and no `topk_method`, `scoring_func` or `moe_layer_freq`, which its model
 classes imply). Written is always the first, complete: transformers, vLLM, SGLang and llama.cpp's converter all read it.
+A model with plain attention (attention "gqa") is none of theirs, and its model_type says so: they refuse it by name.
 """
 
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any
 
+# Layouts with plain attention, which only we read, under names of their own.
+OURS = {"deepseek_v2": "cavelight_gqa_v2", "deepseek_v3": "cavelight_gqa_v3"}
 # model_type as written -> the layout it means. Kimi-K2 is a deepseek_v3 under another name.
-LAYOUTS = {"deepseek_v2": "deepseek_v2", "deepseek_v3": "deepseek_v3", "kimi_k2": "deepseek_v3"}
+LAYOUTS = {
+    "deepseek_v2": "deepseek_v2",
+    "deepseek_v3": "deepseek_v3",
+    "kimi_k2": "deepseek_v3",
+    **{ours: layout for layout, ours in OURS.items()},
+}
 ARCHITECTURES = {"deepseek_v2": "DeepseekV2ForCausalLM", "deepseek_v3": "DeepseekV3ForCausalLM"}
 # What transformers 5 leaves out of config.json, because its model classes compute nothing else.
 IMPLIED = {
@@ -93,9 +101,12 @@ def hf_of(fields: Mapping[str, Any]) -> dict[str, Any]:
     # transformers wants integers here, and builds no experts where first_k_dense_replace covers all layers.
     raw["n_routed_experts"] = raw["n_routed_experts"] or 0
     raw["n_shared_experts"] = raw["n_shared_experts"] or 0
+    if raw["attention"] == "mla":
+        del raw["attention"]
+        raw |= {"architectures": [ARCHITECTURES[raw["model_type"]]], "num_key_value_heads": raw["num_attention_heads"]}
+    else:
+        raw["model_type"] = OURS[raw["model_type"]]
     raw |= {
-        "architectures": [ARCHITECTURES[raw["model_type"]]],
-        "num_key_value_heads": raw["num_attention_heads"],
         # `type` is what the released checkpoints' code reads, `rope_type` what everything newer does.
         "rope_scaling": None if yarn is None else {"type": "yarn", "rope_type": "yarn", **yarn},
         "hidden_act": "silu",
@@ -122,7 +133,10 @@ def _take_model_type(left: dict[str, Any], fields: dict[str, Any], problems: lis
         problems.append(f"model_type is {found}, but must be one of {', '.join(LAYOUTS)}")
         return
     fields["model_type"] = layout
-    if stored != layout:
+    ours = stored in OURS.values()
+    if ours != (left.get("attention", "mla") == "gqa"):
+        problems.append(f"attention is {left.get('attention')!r}, but a {stored} has {'gqa' if ours else 'mla'}")
+    if stored != layout and not ours:
         fields["extra"]["model_type"] = stored
     if names and names != [ARCHITECTURES[layout]]:
         problems.append(f"architectures is {names!r}, but a {stored} language model is [{ARCHITECTURES[layout]!r}]")
@@ -184,7 +198,8 @@ def _take_aliases(left: dict[str, Any], problems: list[str]) -> None:
 
 def _take_derived(left: dict[str, Any], problems: list[str]) -> None:
     """Drop what follows from other fields, if it does follow."""
-    heads, kv_heads = left.get("num_attention_heads"), left.pop("num_key_value_heads", None)
+    plain = left.get("attention") == "gqa"
+    heads, kv_heads = left.get("num_attention_heads"), None if plain else left.pop("num_key_value_heads", None)
     if kv_heads is not None and kv_heads != heads:
         problems.append(f"num_key_value_heads is {kv_heads!r}, but latent attention has one per head ({heads!r})")
     nope, rope = left.get("qk_nope_head_dim"), left.get("qk_rope_head_dim")

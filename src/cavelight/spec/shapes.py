@@ -1,8 +1,9 @@
 """The one table of parameters: every tensor of a model, with its name, named axes, role and kind of number.
 
-Letters, as everywhere: V vocabulary, D hidden size, H heads, N / R content and rotary width of a query-key head,
-U value width of a head, C and Q the latent ranks of key-values and queries, I dense FFN width, E experts, F expert
-width. The model, sharding, quantisation, checkpoint names, costs and drawings all read this table.
+Letters, as everywhere: V vocabulary, D hidden size, H heads, g key-value heads of plain attention, N / R content and
+rotary width of a query-key head, U value width of a head, C and Q the latent ranks of key-values and queries, I dense
+FFN width, E experts, F expert width. The model, sharding, quantisation, checkpoint names, costs and drawings all read
+this table.
 """
 
 from collections.abc import Iterator
@@ -75,6 +76,8 @@ def axis_sizes(config: ModelConfig) -> dict[str, int]:
         "Q": config.q_lora_rank or 0,
         "H*(N+R)": H * (N + R),
         "H*U": H * U,
+        "g*R": (config.num_key_value_heads or 0) * R,
+        "g*U": (config.num_key_value_heads or 0) * U,
         "I": config.intermediate_size,
         "E": config.n_routed_experts or 0,
         "F": F,
@@ -110,6 +113,12 @@ def _block(config: ModelConfig, layer: int, at: str) -> Iterator[Row]:
 
 
 def _attention(config: ModelConfig, at: str) -> Iterator[Row]:
+    if config.attention == "gqa":  # names as Llama's; N is 0
+        yield f"{at}.q_proj.weight", ("H*(N+R)", "D"), "attention"
+        yield f"{at}.k_proj.weight", ("g*R", "D"), "attention"
+        yield f"{at}.v_proj.weight", ("g*U", "D"), "attention"
+        yield f"{at}.o_proj.weight", ("D", "H*U"), "attention"
+        return
     if config.q_lora_rank is None:
         yield f"{at}.q_proj.weight", ("H*(N+R)", "D"), "attention"
     else:

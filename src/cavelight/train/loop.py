@@ -31,9 +31,11 @@ from cavelight.train.metrics import Board, MetricsLog, Record, board_writer, mat
 from cavelight.train.optim import Optimizer, initialise, pick_dtype
 from cavelight.train.prefetch import Prefetch
 from cavelight.train.prepare import Prepared, prepare
+from cavelight.train.provenance import machine
 from cavelight.train.samples import Sampler
 from cavelight.train.recompute import recompute
 from cavelight.train.saves import Saves
+from cavelight.train.sessions import note_session
 from cavelight.train.state import Progress, RunFolder, check_resumable, put_back, take
 from cavelight.train.step import StepResult, train_step
 from cavelight.train.workers import Workers
@@ -123,6 +125,7 @@ class _Run:
         self.durations: deque[tuple[int, float]] = deque(maxlen=SPEED_WINDOW)  # tokens and seconds of the last steps
         self.returns = 0  # to the newest save, after one spike upon another
         self.peak = matmul_peak(self.dtype)
+        note_session(folder.sessions, self.progress.step, machine(self.dtype), self.peak)
         self.flops_per_token = cost.flops_per_token(
             self.data.config, 0, queries=recipe.data.row_length, form="expanded", training=True, mtp=True
         )

@@ -38,6 +38,11 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
+    def sessions(self) -> Path:
+        """A line for each time that the run began or went on: see train.sessions."""
+        return self.path / "sessions.jsonl"
+
+    @property
     def saves(self) -> Path:
         """Folders step-00000500: see train.checkpoints."""
         return self.path / "saves"
