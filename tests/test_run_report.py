@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 
 from cavelight.cli.main import app
 from cavelight.errors import UserError
-from cavelight.see import run_report
+from cavelight.see import run_panels as panels
+from cavelight.see import run_report, style
 from cavelight.see.run_log import RunLog
 from cavelight.see.run_parts import MOST_MAPS, parts
 from cavelight.see.run_report import Report, report
@@ -252,6 +253,24 @@ def test_a_long_curve_is_thinned_to_its_extremes() -> None:
     assert len(thin_x) == len(thin_y) <= 100
     assert np.nanmax(thin_y) == 50 and np.nanmin(thin_y) == np.nanmin(y) and np.all(np.diff(thin_x) >= 0)
     assert thin(x[:100], y[:100], most=100)[1] is not None and len(thin(x[:100], y[:100], most=100)[1]) == 100
+
+
+def test_single_steps_of_a_long_run_do_not_hide_its_curve() -> None:
+    steps = np.arange(100_000)
+    for count, bands in ((panels.DENSE, 0), (len(steps), 1)):
+        axes = Sheet().add_subplot()
+        panels.curve(axes, steps[:count], np.sin(steps[:count] * 1.0), style.BLUE)
+        raw = [*axes.collections, *axes.lines[:-1]]
+        assert len(axes.collections) == bands and len(raw) == 1 and raw[0].get_zorder() < axes.lines[-1].get_zorder()
+
+
+def test_the_trend_is_of_whole_tenths() -> None:
+    lines = [line for line in metrics(steps=100) if line["kind"] == "step"]
+    for line in lines:
+        line["loss"] = 2.0 if line["step"] <= 90 else 1.9
+    assert "−0.10 from the last tenth but one to the last" in parts(RunLog("a", Series.of(lines)))[0].finding
+    lines[-1]["loss"] += 0.9  # one step is no trend
+    assert "−0.01 from the last tenth" in parts(RunLog("a", Series.of(lines)))[0].finding
 
 
 def test_the_command_tells_what_stands_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:

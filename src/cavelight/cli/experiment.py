@@ -34,7 +34,9 @@ def experiment(name: str, seeds: int, changes: Sequence[str], out: Path, runs: P
     from cavelight.experiment.texts import resolved
 
     chosen = entry(name)
-    with board(f"experiment {name}, {seeds} seeds, into {runs / name}", as_json) as listen:
+    with board(
+        f"experiment {name}, {seeds} {'seed' if seeds == 1 else 'seeds'}, into {runs / name}", as_json
+    ) as listen:
         study = Study.read(name, changes, lambda corpus: resolved(corpus, lambda event: listen(ALL, event)))
         outcome = go_through(study, seeds, runs, listen)
     told = chosen.tell(outcome)

@@ -20,15 +20,22 @@ def max_vio(run: Run) -> float:
     return float(run.series.mean_max_vio_M().mean())
 
 
+def lasting_vio(run: Run) -> float:
+    """MaxVio of the loads of all the last tenth's steps together, in which what differs by chance cancels."""
+    return float((run.series.load_ME.max(axis=1) - 1).mean())
+
+
 def tell(outcome: Outcome) -> Told:
     bias, *others = outcome.study.variants
-    head = ("balanced by", "bits per byte", f"less {bias.label}'s", "MaxVio", f"less {bias.label}'s")
+    less = f"less {bias.label}'s"
+    head = ("balanced by", "bits per byte", less, "MaxVio of a step", less, "MaxVio of a tenth")
     rows, said = [], []
     for variant in outcome.study.variants:
         differences = [outcome.difference(variant.key, read) for read in (bits, max_vio)]
         told = ["", ""] if variant is bias else [signed(differences[0]), signed(differences[1], 2)]
         means = [plus_minus(outcome.of(variant.key, bits)), plus_minus(outcome.of(variant.key, max_vio), 2)]
-        rows.append((variant.label, means[0], told[0], means[1], told[1]))
+        lasting = plus_minus(outcome.of(variant.key, lasting_vio), 2)
+        rows.append((variant.label, means[0], told[0], means[1], told[1], lasting))
     for variant in others:
         this = "no balancing" if variant.key == "none" else variant.label
         said.append(verdict(outcome.difference(variant.key, bits), this, bias.label, "bits per byte"))

@@ -35,7 +35,16 @@ def tell(outcome: Outcome) -> Told:
             f"{100 * CLAIMED:g} % of float32's; the largest error is {max(largest):.2f} %."
         )
         said.append(verdict(outcome.difference(variant.key, bits), variant.label, exact.label, "bits per byte"))
+    said.append(_against_bf16(outcome))
     return Told((head, *rows), said)
+
+
+def _against_bf16(outcome: Outcome) -> str:
+    """The report's own comparison."""
+    errors = errors_of(outcome, "fp8", "bf16")
+    ends = estimate([100 * float(error_P[-last_tenth(len(error_P)) :].mean()) for error_P in errors])
+    largest = max(100 * float(np.abs(error_P[int(SETTLED * len(error_P)) :]).max()) for error_P in errors)
+    return f"Fp8 against bf16: {signed(ends, 3)} % at the end; the largest error is {largest:.2f} %."
 
 
 def draw(outcome: Outcome, path: Path) -> None:
@@ -72,10 +81,10 @@ def draw(outcome: Outcome, path: Path) -> None:
         style.label_lines(axes, labels, size=8)
 
 
-def errors_of(outcome: Outcome, key: str) -> list[Floats]:
-    """(smoothed loss - the reference's) / the reference's at each step, [P], for each seed."""
-    reference = outcome.runs[outcome.study.variants[0].key]
-    pairs = zip(outcome.runs[key], reference, strict=True)
+def errors_of(outcome: Outcome, key: str, reference: str = "") -> list[Floats]:
+    """(smoothed loss - the reference's) / the reference's at each step, [P], for each seed; by default the first's."""
+    others = outcome.runs[reference or outcome.study.variants[0].key]
+    pairs = zip(outcome.runs[key], others, strict=True)
     return [_average(run) / _average(other) - 1 for run, other in pairs]
 
 

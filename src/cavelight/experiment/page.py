@@ -22,7 +22,8 @@ def write_page(outcome: Outcome, told: Told, figure: Path, page: Path, command: 
     if seeds > 1:
         setting += f""" After ± stands the standard error
 over the seeds. Differences are taken seed by seed, on the same rows of text in the same order; the range in brackets is
-their {LEVEL:.0%} t-interval with {number(seeds - 1, "degree")} of freedom."""
+their {LEVEL:.0%} t-interval with {number(seeds - 1, "degree")} of freedom. Each interval stands for itself: of twenty
+differences that are none, one would seem to be one."""
     work = f"{len(runs)} runs of one thread each, {minutes:,.0f} minutes of one core in all"
     origin = [f"Command: `{command}` ({work})"]
     origin += [f"Commit: {_all(run.found['commit'] for run in runs)}"]

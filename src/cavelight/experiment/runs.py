@@ -9,12 +9,14 @@ import sys
 import tempfile
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
-from typing import IO
+from typing import IO, Any
 
+from cavelight.disk import file_beside
 from cavelight.errors import UserError
 from cavelight.experiment.study import Outcome, Run, Study
 from cavelight.spec.events import Event, Note, Phase, Step
@@ -23,6 +25,7 @@ from cavelight.train.prepare import prepare
 from cavelight.train.state import RunFolder
 
 FOUND = "found.json"  # beside a run's other files: what the experiment read of it when it was finished
+FAILURE = "failure.txt"  # what a run's process said when it ended by a mistake that is no user's
 WORKER = (sys.executable, "-m", "cavelight.experiment.worker")
 PATIENCE = 60.0  # seconds that runs have to save themselves when all is stopped
 Listener = Callable[[str, Event | None], None]  # a run's name and what it says, None when it has ended
@@ -58,7 +61,8 @@ class Started:
 def go_through(study: Study, seeds: int, runs: Path, on_event: Listener, cores: int | None = None) -> Outcome:
     """Make whatever runs of the study are missing, one a core at a time, and read them all.
 
-    Raises UserError for a folder that holds a run of another recipe, and when runs have failed: after the others.
+    Raises UserError for a folder that holds a run of another recipe, for runs of which some learnt from other text than
+    the rest, and when runs have failed: after the others.
     """
     jobs = {
         (variant.key, seed): Job(
@@ -75,6 +79,7 @@ def go_through(study: Study, seeds: int, runs: Path, on_event: Listener, cores: 
     _prepare(missing, on_event)
     _Pool(missing, cores or os.cpu_count() or 1, on_event).run()
     found = {place: json.loads((job.folder / FOUND).read_text(encoding="utf-8")) for place, job in jobs.items()}
+    _check_text({jobs[place].label: each for place, each in found.items()})
     return Outcome(
         study,
         {
@@ -95,6 +100,21 @@ def _is_finished(job: Job) -> bool:
             do="remove that folder, or choose another one with --runs",
         )
     return folder.holds_a_run and (job.folder / FOUND).is_file()
+
+
+def _check_text(found: Mapping[str, Mapping[str, Any]]) -> None:
+    """A recipe names its text, which may have changed between two runs."""
+    of_text: dict[str, list[str]] = {}
+    for label, each in found.items():
+        of_text.setdefault(json.dumps(each.get("text")), []).append(label)
+    if len(of_text) > 1:
+        *_, fewest = sorted(of_text.values(), key=len, reverse=True)
+        raise UserError(
+            "The corpus has changed between the runs",
+            got=f"other text in {', '.join(fewest)} than in the rest",
+            why="the table would mix what does not belong together",
+            do="remove the folders of the older ones, or choose another one with --runs",
+        )
 
 
 def _prepare(jobs: Sequence[Job], on_event: Listener) -> None:
@@ -140,7 +160,7 @@ class _Pool:
             start_new_session=True,  # Ctrl-C is ours: each run is then told once to save itself
         )
         assert process.stdin is not None
-        with process.stdin as order:
+        with suppress(BrokenPipeError), process.stdin as order:  # one that died at once: `_end` tells of it
             pickle.dump(job, order)
         self.running[job.label] = Started(job, process, errors)
         threading.Thread(target=self._listen, args=(job.label, process.stdout), daemon=True).start()
@@ -174,7 +194,8 @@ class _Pool:
             if code := process.wait():
                 errors.seek(0)
                 told = errors.read().decode(errors="replace").strip()
-                self.failed.append(f"{label}: {started.failure or told or f'it ended with {code}'}")
+                why = started.failure or _last_line(told, started.job.folder) or f"it ended with {code}"
+                self.failed.append(f"{label}: {why}")
                 self.on_event(ALL, Note(self.failed[-1]))
         self.on_event(label, None)
 
@@ -188,3 +209,13 @@ class _Pool:
                     process.wait(PATIENCE)
                 except subprocess.TimeoutExpired:
                     process.kill()
+
+
+def _last_line(told: str, folder: Path) -> str:
+    """Of what a process wrote to its standard error; where there is more, such as a traceback, it goes into a file."""
+    *above, last = told.splitlines() or [""]
+    if not above:
+        return last
+    with file_beside(folder / FAILURE) as scratch:
+        scratch.write_text(told + "\n", encoding="utf-8")
+    return f"{last} ({folder / FAILURE} has all of it)"

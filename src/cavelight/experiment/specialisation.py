@@ -67,6 +67,12 @@ def unevenness(run: Run) -> float:
     return float(np.mean([np.abs(loads_of(run, kind) - 1) for kind in run.found["kinds"]]))
 
 
+def special(run: Run) -> float:
+    """Mean distance of an expert's relative load on one kind from its mean over the kinds: 0 where all go alike."""
+    loads = np.stack([loads_of(run, kind) for kind in run.found["kinds"]])
+    return float(np.abs(loads - loads.mean(axis=0)).mean())
+
+
 def mean_bits(run: Run) -> float:
     """Bits per byte, each kind counting alike."""
     return float(np.mean([kind["bits_per_byte"] for kind in run.found["kinds"].values()]))
@@ -75,18 +81,20 @@ def mean_bits(run: Run) -> float:
 def tell(outcome: Outcome) -> Told:
     first, *others = outcome.study.variants
     kinds = list(outcome.runs[first.key][0].found["kinds"])
-    head = ("balanced by", *(f"bits per byte, {kind}" for kind in kinds), "mean", "unevenness by kind", "MaxVio")
+    each_kind = (f"bits per byte, {kind}" for kind in kinds)
+    head = ("balanced by", *each_kind, "mean", "unevenness", "specialisation", "MaxVio")
     rows = []
     for variant in outcome.study.variants:
         each = [outcome.of(variant.key, partial(_bits_of, kind=kind)) for kind in kinds]
         mean, uneven = outcome.of(variant.key, mean_bits), outcome.of(variant.key, unevenness)
+        loads = (plus_minus(uneven, 3), plus_minus(outcome.of(variant.key, special), 3))
         violation = plus_minus(outcome.of(variant.key, max_vio), 2)
-        rows.append((variant.label, *map(plus_minus, each), plus_minus(mean), plus_minus(uneven, 3), violation))
+        rows.append((variant.label, *map(plus_minus, each), plus_minus(mean), *loads, violation))
     said = []
     for variant in others:
         said.append(verdict(outcome.difference(variant.key, mean_bits), variant.label, first.label, "bits per byte"))
-        uneven = outcome.difference(variant.key, unevenness)
-        said.append(verdict(uneven, variant.label, first.label, "unevenness by kind of text", less="less", digits=3))
+        apart = outcome.difference(variant.key, special)
+        said.append(verdict(apart, variant.label, first.label, "specialisation", less="less", digits=3))
     return Told((head, *rows), said)
 
 
@@ -100,7 +108,8 @@ def draw(outcome: Outcome, path: Path) -> None:
     dense = variants[0].config.num_hidden_layers - layers
     width, height = 3.3, 0.24 * len(kinds)
     with style.sheet(path, 9.0, 0.95 + len(runs) * (height + 0.55)) as figure:
-        style.heading(figure, "Where each kind of text is sent", ["relative load: 1 is an even share", "seed 0"])
+        facts = ["relative load: 1 is an even share", "columns: experts", "seed 0"]
+        style.heading(figure, "Where each kind of text is sent", facts)
         for row, (label, run) in enumerate(runs.items()):
             for column, layer in enumerate((0, layers - 1)):
                 top = 1.05 + row * (height + 0.55)

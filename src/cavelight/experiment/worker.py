@@ -11,12 +11,13 @@ import torch
 from cavelight.disk import file_beside
 from cavelight.errors import UserError
 from cavelight.experiment.catalogue import entry
-from cavelight.train.provenance import commit, machine
 from cavelight.experiment.runs import FOUND, Job
 from cavelight.spec.cost import active_parameters, total_parameters
 from cavelight.spec.events import Event, Note
 from cavelight.train.loop import train
 from cavelight.train.optim import pick_dtype
+from cavelight.train.prepare import read_corpora
+from cavelight.train.provenance import commit, machine
 from cavelight.train.state import RunFolder
 
 FAILED, STOPPED = 2, 130
@@ -52,6 +53,7 @@ def make(job: Job, say: Callable[[Event], None]) -> bool:
         "active_parameters": active_parameters(config, embedding=False),
         "tokens": result.tokens,
         "seconds": result.seconds,
+        "text": [corpus.fingerprint for corpus in read_corpora(job.recipe.data).values()],
         "commit": commit(),
         "machine": machine(pick_dtype(job.recipe.train.dtype)),
         **measure(job.recipe, folder, say),

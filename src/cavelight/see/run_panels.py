@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cavelight.see import style
-from cavelight.see.series import Floats, Series, smooth, thin
+from cavelight.see.series import Floats, Series, smooth, spans, thin
 from cavelight.see.style import AMBER, BLUE, GREY, GROUND, INK, MUTED
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.image import AxesImage
 
 EVEN_ENOUGH = 0.5  # MaxVio under which a layer's load counts as balanced
+DENSE = 1500  # steps from which single ones would lie upon one another, and are drawn as a band
 NAMED_LAYERS = 8  # more lines than these are not named one by one
 RUNS = (BLUE, AMBER, GREY, INK)  # colours of runs side by side
 
@@ -275,10 +276,13 @@ def setting(axes: "Axes", series: Series, y_P: Floats, title: str, unit: str) ->
 
 
 def curve(axes: "Axes", x_P: Any, y_P: Floats, color: str, faint: bool = True) -> Floats:
-    """A smoothed line over its faint raw values; returns the smoothed values."""
+    """A smoothed line over its faint raw values, which lie below all lines; returns the smoothed values."""
     smooth_P = smooth(y_P)
-    if faint:
-        axes.plot(*thin(x_P, y_P), color=color, linewidth=0.5, alpha=0.28)
+    if faint and len(y_P) > DENSE:
+        x, low, high = spans(x_P, y_P, DENSE // 5)
+        axes.fill_between(x, low, high, color=color, linewidth=0, alpha=0.22, zorder=1.5)
+    elif faint:
+        axes.plot(x_P, y_P, color=color, linewidth=0.5, alpha=0.28, zorder=1.5)
     axes.plot(*thin(x_P, smooth_P), color=color, marker="." if len(x_P) <= 20 else "", markersize=4)
     return smooth_P
 

@@ -58,8 +58,11 @@ def _loss(run: RunLog) -> Part:
     smooth_P = smooth(series.loss_P)
     first = f"The loss went from {series.loss_P[0]:.2f} to {panels.last(smooth_P):.2f} nats per token"
     if len(smooth_P) >= LONG:
-        change = panels.last(smooth_P) - float(smooth_P[-last_tenth(len(smooth_P)) - 1])
-        first += f", {change:+.2f} in the last tenth of the steps".replace("-", "−") if abs(change) >= 0.005 else ""
+        tenth = last_tenth(len(smooth_P))
+        change = float(np.nanmean(series.loss_P[-tenth:]) - np.nanmean(series.loss_P[-2 * tenth : -tenth]))
+        first += (
+            f", {change:+.2f} from the last tenth but one to the last".replace("-", "−") if abs(change) >= 0.005 else ""
+        )
     sentences = [first]
     if series.final:
         sentences.append(f"held-out text costs {series.final[1]:.3f} bits per byte, all of it read")
@@ -72,7 +75,8 @@ def _loss(run: RunLog) -> Part:
         draw = partial(panels.held_out, runs={"": series}, reference=run.reference)
         drawings.append(Drawing("held-out", "held-out bits per byte against tokens", draw))
     how = (
-        "Faint lines are single steps, strong ones the mean over a sixtieth of the run. Of held-out text, dots are "
+        "Faint are single steps (of a long run, the span between the least and the greatest of neighbours), strong the "
+        "mean over a sixtieth of the run. Of held-out text, dots are "
         "looks at always the same sample, and the diamond is a look at all of it."
     )
     return Part("losses", "Loss", _join(sentences), how, tuple(drawings))
@@ -223,8 +227,9 @@ def _prediction(run: RunLog) -> Part | None:
         )
         drawings.append(Drawing("acceptance", "share of drafts accepted against tokens", draw))
     how = (
-        "A module's loss is about a token further ahead than the main model's, so it stands above it. A draft is "
-        "accepted where the main model would have written the same."
+        "A module's loss is about a token further ahead, but it is told the true tokens between; its sum is divided by "
+        "the number of next tokens, of which a row and a document have one more. So it may lie above the main model's "
+        "or a little below. A draft is accepted where the main model would have written the same."
     )
     return Part("prediction", "Multi-token prediction", _join(sentences), how, tuple(drawings))
 

@@ -146,9 +146,14 @@ def thin(x_P: Any, y_P: Floats, most: int = 2000) -> tuple[Any, Floats]:
     """A curve of at most `most` points that looks the same: of each stretch of a longer one its least and greatest."""
     if len(y_P) <= most:
         return x_P, y_P
-    edges = np.linspace(0, len(y_P), most // 2 + 1).astype(int)[:-1]
-    low, high = np.fmin.reduceat(y_P, edges), np.fmax.reduceat(y_P, edges)
-    return np.repeat(np.asarray(x_P)[edges], 2), np.stack([low, high], axis=1).ravel()
+    x, low, high = spans(x_P, y_P, most // 2)
+    return np.repeat(x, 2), np.stack([low, high], axis=1).ravel()
+
+
+def spans(x_P: Any, y_P: Floats, count: int) -> tuple[Any, Floats, Floats]:
+    """A curve in so many stretches: where each begins, its least and its greatest value."""
+    edges = np.linspace(0, len(y_P), count + 1).astype(int)[:-1]
+    return np.asarray(x_P)[edges], np.fmin.reduceat(y_P, edges), np.fmax.reduceat(y_P, edges)
 
 
 def _column(steps: Sequence[Mapping[str, Any]], key: str) -> Floats:
