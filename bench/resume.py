@@ -129,8 +129,9 @@ class Process:
     def _read(self) -> None:
         assert self._process.stdout is not None
         for line in self._process.stdout:
-            if line.endswith("\n"):  # a kill cuts the last one off
-                self.events.append(json.loads(line))
+            if not line.endswith("\n"):
+                break  # a kill has cut it off
+            self.events.append(json.loads(line))
             if self.events[-1]["kind"] in ("step", "result") and not self.stepped:
                 self.stepped = time.monotonic()
                 self._first_step.set()

@@ -147,6 +147,30 @@ def test_what_a_kill_left_half_done_is_removed_or_put_back(tmp_path: Path) -> No
     assert read_save(folder_of(tmp_path, 1)).step == 1
 
 
+def test_what_others_left_in_the_folder_stays(tmp_path: Path) -> None:
+    """Whoever trains into a folder of their own would otherwise lose ~/.config.old."""
+    (tmp_path / ".config.old").mkdir()
+    (tmp_path / ".config.old" / "precious").write_text("x")
+    for name in (".vimrc.old", ".song.part", "film.part"):
+        (tmp_path / name).write_text("half a song")
+    before = sorted(tmp_path.rglob("*"))
+    sweep(tmp_path)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_save_that_somebody_renamed_is_none(tmp_path: Path) -> None:
+    write_save(tmp_path, snapshot(1))
+    folder_of(tmp_path, 1).rename(tmp_path / "step-00000001.bak")
+    assert saved_steps(tmp_path) == []
+
+
+def test_empty_checksums_vouch_for_nothing(tmp_path: Path) -> None:
+    write_save(tmp_path, snapshot(1))
+    (folder_of(tmp_path, 1) / "checksums.json").write_text("{}")
+    with pytest.raises(DamagedError):
+        read_save(folder_of(tmp_path, 1))
+
+
 def test_writing_goes_on_beside_and_is_collected_once() -> None:
     go, saver = threading.Event(), Saver()
     saver.begin(lambda: None if go.wait(10) else pytest.fail("nobody said go"))

@@ -165,6 +165,26 @@ def test_refused_at_once(tmp_path: Path, files: dict[str, str | bytes], spec: st
         read_corpus(str(tmp_path / spec))
 
 
+def test_links_are_no_second_copies(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The same text under another name could be held out and learnt from."""
+    folder_of(tmp_path, {"a.txt": "1", "b.txt": "2", "more/c.txt": "3"})
+    for link, target in (("again.txt", "b.txt"), ("more/back", ".."), ("self", "self")):
+        (tmp_path / link).symlink_to(target)
+    for spec in (tmp_path, tmp_path / "**" / "*.txt"):
+        assert sorted(texts(read_corpus(str(spec)))) == ["1", "2", "3"]
+    assert "more/back is left out: a link to a folder" in caplog.text
+
+
+def test_large_files_are_not_read_through_for_their_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "PIECE_BYTES", 10)
+    read: list[str] = []
+    decided = corpus.record_names
+    monkeypatch.setattr(corpus, "record_names", lambda block: read.append(block.source.name) or decided(block))
+    folder_of(tmp_path, dict.fromkeys("abcdefgh", "line\n" * 100))
+    read_corpus(str(tmp_path), held_out_every=10**9)
+    assert read == list("abcdefgh")
+
+
 def test_held_out_every_one() -> None:
     with pytest.raises(UserError, match="held_out_every 1"):
         read_corpus("anything", held_out_every=1)
@@ -180,6 +200,8 @@ def test_held_out_every_one() -> None:
         ("a.jsonl", b'{"text": "a"}\n{"body": "b"}\n', "a.jsonl:2 has no text under 'text'.*'body'"),
         ("a.jsonl", b'{"text": "a"}\n{"text": 1}\n', "a.jsonl:2 has no text under 'text'"),
         ("a.jsonl", b'{"text": "a"}\n["b"]\n', "a.jsonl:2 has no text.*list"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "a", "n": 1' + b"0" * 5000 + b"}\n", "a.jsonl:2 is not JSON.*limit"),
+        ("a.jsonl", b'{"text": "a"}\n' + b"[" * 100_000 + b"\n", "a.jsonl:2 is not JSON.*recursion"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "\\ud800"}\n', "a.jsonl:2 is not Unicode"),
     ],
 )

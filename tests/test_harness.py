@@ -167,6 +167,22 @@ def test_batches_keep_forks_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(batches_of([])) == []
 
 
+def test_a_fork_with_too_many_branches_is_parted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All texts without a context fork from the begin token: together they could fill any memory."""
+    monkeypatch.setattr(harness, "TOKENS_AT_ONCE", 10)
+    pairs = [((1, 2, 3), (7,) * size) for size in (5, 5, 20, 2, 1, 1)]
+    batches = list(batches_of(forks_of(pairs, max_length=64)))
+    assert [[fork.numbers for fork in batch] for batch in batches] == [[(0, 1)], [(2,)], [(3, 4, 5)]]
+    assert all(fork.context == (1, 2, 3) for batch in batches for fork in batch)
+    parted = {
+        number: continuation
+        for batch in batches
+        for fork in batch
+        for number, continuation in zip(fork.numbers, fork.continuations, strict=True)
+    }
+    assert [parted[number] for number in range(len(pairs))] == [continuation for _, continuation in pairs]
+
+
 @pytest.mark.parametrize("words", [1, 3, 30])
 def test_rolling_scores_take_every_token_once(model: Transformer, tokenizer: Tokenizer, words: int) -> None:
     lm, text = CavelightLM(model, tokenizer), "".join(WORDS[:words])
@@ -205,6 +221,8 @@ def test_generated_text_is_greedy_and_ends_before_stop_texts(model: Transformer,
     (answer,) = lm.generate_until(asked((long, {"max_gen_toks": 4})))
     kept = lm.tok_encode(long)[-(model.config.max_position_embeddings - 4) :]
     assert answer == greedy_text(model, tokenizer, kept, 4)
+    with pytest.raises(UserError, match="64 tokens, of 64"):  # no room for a question
+        lm.generate_until(asked(("The sky is", {"max_gen_toks": 64})))
 
 
 def test_settings_of_generation() -> None:
@@ -214,6 +232,7 @@ def test_settings_of_generation() -> None:
         ["a"],
         Sampling(0.5, top_p=0.9),
     )
+    assert generation_of({"until": None, "top_k": None, "seed": None}) == generation_of({})
     assert generation_of({"do_sample": True})[2] == Sampling(1.0)
     assert generation_of({"do_sample": False, "temperature": 1.0, "num_beams": 1})[2] == Sampling()
     for settings in ({"num_beams": 4}, {"typical_p": 0.5}):
@@ -227,7 +246,7 @@ def test_a_continuation_that_melts_into_the_context_still_counts(model: Transfor
     first, second = next(text for text in map(tokenizer.decode, ([token] for token in ids)) if len(text) == 2)
     assert len(tokenizer.encode(first + second)) == 1  # as many tokens as the context alone
     before = [] if model.config.bos_token_id is None else [tokenizer.bos_id]
-    log_p, greedy = expected(model, before or [tokenizer.eos_id], tokenizer.encode(first))
+    log_p, greedy = expected(model, before or [tokenizer.eos_id], tokenizer.encode(first + second))
     assert lm.loglikelihood(asked((first, second))) == [(pytest.approx(log_p, abs=1e-3), greedy)]
 
 
@@ -308,6 +327,16 @@ def test_a_task_from_its_file_to_its_scores(model: Transformer, tokenizer: Token
 def test_mistakes_are_the_users(model: Transformer, tokenizer: Tokenizer, folder: Path) -> None:
     with pytest.raises(UserError, match="no such folder of tasks"):
         harness.evaluate(model, tokenizer, ["colours"], include=folder / "nowhere")
+    task = (folder / "colours.yaml").read_text(encoding="utf-8")
+    for right, wrong, got in (
+        ("{{question}}", "{{nothing}}", "UndefinedError: 'nothing' is undefined"),
+        ("{{question}}", "{{question", "TemplateSyntaxError"),
+        ("doc_to_target: answer", "doc_to_target: 7", "IndexError"),
+    ):
+        (folder / "colours.yaml").write_text(task.replace(right, wrong), encoding="utf-8")
+        with pytest.raises(UserError, match=rf"cannot run colours\. Got: {got}"):
+            harness.evaluate(model, tokenizer, ["colours"], include=folder)
+    (folder / "colours.yaml").write_text(task, encoding="utf-8")
     (folder / "questions.jsonl").unlink()
     with pytest.raises(UserError, match=r"cannot run colours\. Got: FileNotFoundError"):
         harness.evaluate(model, tokenizer, ["colours"], include=folder)

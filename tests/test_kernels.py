@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cavelight.kernels import attend, cross_entropy, experts
+from cavelight.kernels import attend, causal, cross_entropy, experts
 from cavelight.model.ports import PackedAttend
 
 
@@ -60,6 +60,44 @@ def test_packed_sequences_see_only_themselves() -> None:
     torch.testing.assert_close(equal[3:6], attend.plain(q[:, 3:6], r[:, 3:6], rows[:, 3:6], k_up, v_up, 0.3)[0])
 
 
+@pytest.mark.parametrize("lengths", [(9, 9), (21,), (3, 3, 12, 1, 2), (8, 8, 5)])
+@pytest.mark.parametrize(("N", "R", "U"), [(6, 4, 5), (2, 2, 7), (4, 0, 4)])
+def test_the_way_back_through_packed_attention_equals_the_plain_one(
+    lengths: tuple[int, ...], N: int, R: int, U: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In blocks so small that sequences and heads take several of them."""
+    monkeypatch.setattr(causal, "QUERIES", 4)
+    monkeypatch.setattr(causal, "KEYS", 8)
+    monkeypatch.setattr(causal, "SCORES_AT_ONCE", 64)
+    T, scale = sum(lengths), 0.7
+    q, r, rows, k_up, v_up = attention_inputs(1, T, T, H=3, N=N, R=R, U=U, C=5, seed=2)
+    flat = [q[0], r[0], rows[0, :, :5], rows[0, :, 5:], k_up, v_up]
+    weight = torch.arange(T * 3 * U).view(T, 3, U).cos()
+
+    def plain(q: Tensor, r: Tensor, c: Tensor, k_rope: Tensor, k_up: Tensor, v_up: Tensor) -> Tensor:
+        parts = zip(*(t.split(lengths) for t in (q, r, torch.cat([c, k_rope], dim=1))), strict=True)
+        return torch.cat([attend.plain(q[None], r[None], s[None], k_up, v_up, scale)[0] for q, r, s in parts])
+
+    results = []
+    for form in (lambda *leaves: attend.packed(*leaves, lengths, scale), plain):
+        leaves = [t.clone().requires_grad_() for t in flat]
+        o = form(*leaves)
+        results.append([o.detach(), *torch.autograd.grad((o * weight).sum(), leaves)])
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, atol=2e-5, rtol=0)
+
+
+def test_far_scores_neither_overflow_nor_leak_on_the_way_back() -> None:
+    """A later key that would win by far is not seen, and probabilities of e^-200 are nothing."""
+    q, r, rows, k_up, v_up = attention_inputs(1, 6, 6, H=2, N=4, R=2, U=4, C=6, seed=1)
+    rows[0, 5] *= 200
+    q[0, :3] *= 100
+    leaves = [t.requires_grad_() for t in (q[0], r[0], rows[0, :, :6], rows[0, :, 6:], k_up, v_up)]
+    grads = torch.autograd.grad(attend.packed(*leaves, (6,), 1.0)[:5].sum(), leaves)
+    assert all(g.isfinite().all() for g in grads)
+    assert not any(g[5].any() for g in grads[:4])
+
+
 def expert_inputs(T: int, K: int, E: int, D: int, F: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, ...]:
     g = torch.Generator().manual_seed(seed)
     ids_TK = torch.stack([torch.randperm(E, generator=g)[:K] for _ in range(T)])
@@ -105,19 +143,31 @@ def test_rows_padded_for_bfloat16_change_nothing_but_rounding() -> None:
         assert (got.float() - expected.float()).abs().max() < 0.03 * spread
 
 
-def test_cross_entropy_and_its_gradient_equal_the_plain_one() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cross_entropy_of_a_head_and_its_gradients_equal_the_plain_ones(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cross_entropy, "LOGITS_AT_ONCE", 4 * 31)  # three chunks, the last one short
+    monkeypatch.setattr(cross_entropy, "FEWEST_TOKENS", 1)
     generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(9, 31, generator=generator) * 8
-    logits[3] *= 20  # a certain one: most probabilities are zero
+    hidden, weight = torch.randn(9, 7, generator=generator), torch.randn(31, 7, generator=generator)
+    hidden[3] *= 60  # a certain one: most probabilities are zero
     labels = torch.randint(31, (9,), generator=generator)
     labels[[1, 7]] = -100
     results = []
-    for form in (cross_entropy.fused, cross_entropy.plain):
-        leaf = logits.clone().requires_grad_()
-        loss = form(leaf, labels, -100)
-        results.append((loss.detach(), *torch.autograd.grad(0.3 * loss, leaf)))
-    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-6, atol=0)
-    torch.testing.assert_close(results[0][1], results[1][1], atol=1e-6, rtol=0)
+    for form in (cross_entropy.linear, cross_entropy.plain):
+        leaves = [t.to(dtype).requires_grad_() for t in (hidden, weight)]
+        loss = form(*leaves, labels, -100)
+        results.append((loss.detach(), *torch.autograd.grad(0.3 * loss, leaves)))
+    for got, expected in zip(*results, strict=True):
+        tolerance = 1e-6 if dtype == torch.float32 else 1e-2
+        torch.testing.assert_close(got, expected, rtol=0, atol=tolerance * float(expected.abs().max()))
+
+
+def test_cross_entropy_without_labels_is_nothing() -> None:
+    leaves = [torch.ones(3, 2, requires_grad=True), torch.ones(5, 2, requires_grad=True)]
+    loss = cross_entropy.linear(*leaves, torch.full((3,), -100), -100)
+    assert loss == 0 and not any(g.any() for g in torch.autograd.grad(loss, leaves))
 
 
 def test_an_expert_that_nobody_chose_gets_no_gradient() -> None:

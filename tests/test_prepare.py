@@ -66,6 +66,30 @@ def test_the_same_corpus_twice_keeps_two_names(mixture: dict[str, object], tmp_p
     assert list(read_corpora(recipe.data)) == [str(tmp_path / "b"), f"{tmp_path / 'b'} (2)"]
 
 
+def test_held_out_text_of_one_source_in_another_is_said(
+    mixture: dict[str, object], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def warned(*specs: Path) -> bool:
+        caplog.clear()
+        data = {"corpus": [{"corpus": str(spec), "text_key": "body"} for spec in specs]}
+        read_corpora(Recipe.build({**mixture, "data": data}).data)
+        return "hold out different parts" in caplog.text
+
+    assert not warned(tmp_path / "a.jsonl", tmp_path / "b")
+    assert not warned(tmp_path / "b", tmp_path / "b")
+    assert not warned(tmp_path / "b", tmp_path / "b" / "1*.txt")  # the same names
+    assert not warned(tmp_path / "a.jsonl", tmp_path)
+    assert warned(tmp_path, tmp_path / "b")  # b/1.txt, and 1.txt
+    assert warned(tmp_path / "b", tmp_path / "b" / "1.txt")  # whole, and in cuts
+
+
+def test_extreme_weights(mixture: dict[str, object]) -> None:
+    sources = mixture["data"]["corpus"]  # type: ignore[index]
+    sources[0]["weight"], sources[1]["weight"] = 1e300, 1e-300
+    data, _ = prepared(mixture)
+    assert data.train.weights == (1e300, 1e-300)
+
+
 def test_the_tokenizer_reads_a_bounded_sample_from_all_over(tmp_path: Path) -> None:
     for number in range(100):
         (tmp_path / f"{number:02}.txt").write_text(f"{number} " * 50)

@@ -150,6 +150,37 @@ def test_a_column_that_is_not_there(tmp_path: Path) -> None:
         read_corpus(str(path), text_key="id")
 
 
+@pytest.mark.parametrize("values", [[["a", "b"]], [{"a": "x"}], [b"x"]], ids=["list", "struct", "binary"])
+def test_a_column_that_holds_no_texts(tmp_path: Path, values: list[object]) -> None:
+    pyarrow.parquet.write_table(pyarrow.table({"text": values * 50}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"no text under 'text'. Got: a column of (list|struct|binary)"):
+        read_corpus(str(tmp_path / "a.parquet"))
+
+
+def test_columns_with_names_that_mislead(tmp_path: Path) -> None:
+    path, column = tmp_path / "a.parquet", pyarrow.array(TEXTS)
+    pyarrow.parquet.write_table(pyarrow.table({"a.text": column, "a": range(len(TEXTS))}), path)
+    assert sorted(texts(read_corpus(str(path), text_key="a.text"))) == sorted(TEXTS)
+    pyarrow.parquet.write_table(pyarrow.Table.from_arrays([column, column], names=["text", "text"]), path)
+    with pytest.raises(UserError, match=r"Got: the columns text, text"):
+        read_corpus(str(path))
+
+
+def test_texts_that_repeat_are_read_in_small_blocks_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dictionary makes a column small on the disk, which must not make its rows look small."""
+    monkeypatch.setattr(reading, "ROWS_AT_ONCE", 100)
+    corpus = read_corpus(str(parquet_at(tmp_path / "a.parquet", ["the same " * 1000, "and another"] * 500)))
+    assert max(len(block.data) for block in corpus.train.blocks()) == 100
+
+
+def test_a_file_that_has_gone(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(LINES)
+    corpus = read_corpus(str(tmp_path / "a.jsonl"))
+    (tmp_path / "a.jsonl").unlink()
+    with pytest.raises(UserError, match=r"a.jsonl cannot be read. Got: No such file"):
+        texts(corpus)
+
+
 @pytest.mark.parametrize(("name", "package"), [("a.parquet", "pyarrow"), ("a.txt.zst", "zstandard")])
 def test_a_package_that_is_not_there(tmp_path: Path, name: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     parquet_at(tmp_path / "a.parquet", list(TEXTS))

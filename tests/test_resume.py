@@ -114,6 +114,23 @@ def test_resuming_takes_new_rates_but_no_other_model_or_data(recipe: Recipe, tmp
     assert RunFolder(tmp_path / "run").average.is_dir()
 
 
+@pytest.mark.parametrize("own", [False, True], ids=["tokenizer of the corpus", "tokenizer given"])
+def test_a_corpus_that_has_changed_is_told(recipe: Recipe, own: bool, corpus: Path, tmp_path: Path) -> None:
+    """Row numbers, and ids of a tokenizer that is trained anew, would silently mean other text."""
+    texts = tmp_path / "texts"
+    shutil.copytree(corpus, texts)
+    loop.train(changed(recipe, steps=2), tmp_path / "first")
+    recipe = Recipe.build(recipe.model_dump(), [f"data.corpus={texts}"])
+    if own:
+        recipe = Recipe.build(recipe.model_dump(), [f"data.tokenizer={tmp_path / 'first' / 'model'}"])
+    loop.train(changed(recipe, steps=2), tmp_path / "run")
+    loop.train(changed(recipe, steps=3), tmp_path / "run", resume=True)
+    (texts / "1.txt").write_text("something else\n" * 40)
+    with pytest.raises(UserError, match="not the one that the run began with"):
+        loop.train(changed(recipe, steps=4), tmp_path / "run", resume=True)
+    assert saved_steps(RunFolder(tmp_path / "run").saves) == [2, 3]
+
+
 def test_two_processes_do_not_train_in_one_folder(recipe: Recipe, tmp_path: Path) -> None:
     with RunFolder(tmp_path).held(), pytest.raises(UserError, match="Another process"):
         loop.train(recipe, tmp_path)

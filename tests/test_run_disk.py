@@ -92,6 +92,12 @@ def test_lines_of_the_log_wait_for_room(tmp_path: Path, monkeypatch: pytest.Monk
     assert log.size == log.path.stat().st_size
 
 
+def test_numbers_that_are_not_finite_are_null_as_json_has_it(tmp_path: Path) -> None:
+    log = metrics.MetricsLog(tmp_path / "metrics.jsonl", 0)
+    log.write("spike", {"loss": float("nan"), "more": [1.5, float("inf")], "deep": {"low": -float("inf")}})
+    assert log.path.read_text() == '{"kind": "spike", "loss": null, "more": [1.5, null], "deep": {"low": null}}\n'
+
+
 def test_a_slow_store_holds_no_step_up(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reading takes as long as computing: side by side they take little more than one of them."""
     rows, pause, took = Batches.rows, 0.2, []

@@ -1,5 +1,7 @@
 """TensorBoard gets the values of the log. The package is optional: a writer that only listens stands in for its own."""
 
+import errno
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -8,6 +10,7 @@ from typing import Any
 import pytest
 
 from cavelight.errors import UserError
+from cavelight.spec.events import Event, Note
 from cavelight.spec.recipe import Recipe
 from cavelight.train import loop
 from cavelight.train.state import RunFolder
@@ -64,6 +67,20 @@ def test_its_values_are_the_logs(recipe: Recipe, tmp_path: Path, monkeypatch: py
             assert scalars["bits per byte/all of it", line["step"]] == line["bits_per_byte"]
         if line["kind"] == "sampled":
             assert line["text"] in (first.texts | second.texts)[line["step"]]
+
+
+def test_a_full_disk_silences_it_and_not_the_run(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Writer, tag: str, value: float, step: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    module: Any = ModuleType(MODULE)
+    module.SummaryWriter = type("Full", (Writer,), {"add_scalar": full})
+    monkeypatch.setitem(sys.modules, MODULE, module)
+    heard: list[Event] = []
+    assert loop.train(changed(recipe, tensorboard=True, steps=3), tmp_path, heard.append).steps == 3
+    assert sum(isinstance(event, Note) and "TensorBoard hears no more" in event.text for event in heard) == 1
 
 
 def test_without_the_package_a_sentence_says_so(

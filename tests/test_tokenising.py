@@ -289,6 +289,71 @@ def test_joined_stores_hold_all_documents(part: Documents, lines: Documents, tmp
     assert joined({"a": stores["a"]}, TOKENIZER, tmp_path, "a") is stores["a"]
 
 
+@pytest.mark.usefixtures("small_steps")
+@pytest.mark.parametrize("commits", [1, 3])
+def test_joining_goes_on_after_a_kill(
+    part: Documents, lines: Documents, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, commits: int
+) -> None:
+    monkeypatch.setattr(storing, "DOCUMENTS_AT_ONCE", 7)
+    stores = {"a": tokenize(part, TOKENIZER, tmp_path), "b": tokenize(lines, TOKENIZER, tmp_path)}
+    joined(stores, TOKENIZER, tmp_path / "whole", "a and b")
+    commit, left = storing.StoreWriter.commit, commits
+
+    def interrupted(writer: storing.StoreWriter) -> None:
+        nonlocal left
+        commit(writer)
+        left -= 1
+        if left == 0:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(storing.StoreWriter, "commit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        joined(stores, TOKENIZER, tmp_path / "cut", "a and b")
+    joined(stores, TOKENIZER, tmp_path / "cut", "a and b")
+    assert files(tmp_path / "cut") == files(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("meta", ['{"key": "x", "pieces": [], "dtype": "<u2"}', "[]", "{", '{"key": "x"}'])
+def test_a_meta_file_of_another_make(tmp_path: Path, meta: str) -> None:
+    (tmp_path / "meta.json").write_text(meta)
+    with pytest.raises(ValueError):
+        TokenStore.read(tmp_path, "x")
+
+
+@pytest.mark.usefixtures("small_steps")
+@pytest.mark.parametrize("line", [b"\0\0\n", b"{}\n", b"3\n"])
+def test_a_journal_that_cannot_be_read_counts_for_nothing(lines: Documents, tmp_path: Path, line: bytes) -> None:
+    def interrupt(done: int, total: int) -> None:
+        if done > total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tokenize(lines, TOKENIZER, tmp_path / "cut", interrupt)
+    (journal,) = (tmp_path / "cut").glob("tokens-*.unfinished/journal.jsonl")
+    journal.write_bytes(journal.read_bytes() + line)
+    tokenize(lines, TOKENIZER, tmp_path / "cut")
+    tokenize(lines, TOKENIZER, tmp_path / "whole")
+    assert files(tmp_path / "cut") == files(tmp_path / "whole")
+
+
+def test_many_small_files_are_grouped_in_one_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    size = reading.Block.size.fget
+    monkeypatch.setattr(reading.Block, "size", property(lambda block: asked.append(1) or size(block)))
+    source = reading.Source("a", Path("a"), "text", 1, 1)
+    blocks = [reading.Block(source, 0, 0, bytes(100), reading.Place()) for _ in range(1000)]
+    monkeypatch.setattr(tokenising, "BLOCK_BYTES", 30_000)
+    assert [len(task) for task in tokenising._tasks(blocks)] == [300, 300, 300, 100]
+    assert len(asked) == len(blocks)
+
+
+@pytest.mark.parametrize("sent", [b"", b"\x80\x05\x95\xff\x00\x00\x00\x00\x00\x00\x00]"])
+def test_a_worker_whose_caller_was_killed_ends_without_a_word(sent: bytes) -> None:
+    command = "from cavelight.data.worker import main; main()"
+    ended = subprocess.run([sys.executable, "-c", command], input=sent, capture_output=True, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, b"", b"")
+
+
 def test_two_processes_do_not_make_one_store_at_once(tmp_path: Path) -> None:
     waiting = "import sys; from pathlib import Path; from cavelight.data.store import unfinished\n"
     waiting += "with unfinished(Path(sys.argv[1])): print('in', flush=True)"

@@ -14,10 +14,12 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import datasets
+import jinja2
 import torch
 from lm_eval import evaluator
 from lm_eval.api.model import TemplateLM
@@ -42,7 +44,10 @@ MAX_NEW_TOKENS = 256  # lm-eval's, for tasks that do not say
 BOOTSTRAPS = 1000  # resamplings for the error of what is no mean
 SEED = 1234  # lm-eval's, of the choice of worked examples
 # What lm-eval and datasets raise about a task's file or its data; their own text says more than the kind.
-REFUSALS = (OSError, ValueError, RuntimeError, ImportError, TypeError, datasets.exceptions.DatasetsError)
+REFUSALS = (
+    *(OSError, ValueError, RuntimeError, ImportError, TypeError),
+    *(datasets.exceptions.DatasetsError, jinja2.TemplateError),
+)
 
 Answer = tuple[float, bool]  # sum of log p in nats; whether greedy decoding would have said the same
 
@@ -137,10 +142,12 @@ class CavelightLM(TemplateLM):
         return [*(self._begin if add_special_tokens is not False else []), *self._tokenizer.encode(string)]
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """lm-eval's way; but of a continuation that melts into the context's last token, that token is what counts."""
+        """lm-eval's way; but where context and continuation melt into one token, that token is what counts."""
         pair: tuple[list[int], list[int]] = super()._encode_pair(context, continuation)
-        context_ids, continuation_ids = pair
-        return pair if continuation_ids else (context_ids[:-1] or [self.prefix_token_id], context_ids[-1:])
+        if pair[1]:
+            return pair
+        whole = self.tok_encode(context + continuation)
+        return whole[:-1] or [self.prefix_token_id], whole[-1:]
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[Answer]:
         """log p of each request's (context, continuation) pair, and whether it is the greedy one."""
@@ -167,7 +174,13 @@ class CavelightLM(TemplateLM):
         for request in requests:
             context, settings = request.args
             stop, limit, sampling = generation_of(settings)
-            ids = self.tok_encode(context)[-max(self.max_length - limit, 1) :]
+            if limit >= self.max_length:
+                raise UserError(
+                    "A task asks for texts longer than the model's context",
+                    got=f"{limit} tokens, of {self.max_length}",
+                    do="leave the task out, or use a model with a longer context",
+                )
+            ids = self.tok_encode(context)[limit - self.max_length :]
             decoder = StreamDecoder(self._tokenizer)
             stream = generate_text(
                 self.model, self._tokenizer, decoder, ids, max_new_tokens=limit, sampling=sampling, stop=stop
@@ -248,10 +261,10 @@ def forks_of(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], max_length: i
 
 
 def batches_of(forks: Iterable[Fork]) -> Iterator[list[Fork]]:
-    """In order, about so many tokens at a time; one fork is never parted."""
+    """In order, about TOKENS_AT_ONCE tokens each; a fork with more beside its context is parted, which is read again."""
     batch: list[Fork] = []
     size = 0
-    for fork in forks:
+    for fork in chain.from_iterable(map(_parts, forks)):
         length = sum(fork.lengths)
         if batch and size + length > TOKENS_AT_ONCE:
             yield batch
@@ -262,10 +275,20 @@ def batches_of(forks: Iterable[Fork]) -> Iterator[list[Fork]]:
         yield batch
 
 
+def _parts(fork: Fork) -> Iterator[Fork]:
+    first = size = 0
+    for number, length in enumerate(fork.lengths[1:]):
+        if number > first and size + length > TOKENS_AT_ONCE:
+            yield Fork(fork.context, fork.continuations[first:number], fork.numbers[first:number])
+            first, size = number, 0
+        size += length
+    yield Fork(fork.context, fork.continuations[first:], fork.numbers[first:])
+
+
 def generation_of(settings: Mapping[str, Any]) -> tuple[list[str], int, Sampling]:
     """Stop texts, most new tokens and sampling from a task's `generation_kwargs`; greedy unless it asks for chance."""
-    left = dict(settings)
-    until = left.pop("until", None) or []
+    left = {name: value for name, value in settings.items() if value is not None}
+    until = left.pop("until", [])
     limits = [left.pop(name) for name in ("max_gen_toks", "max_new_tokens", "max_tokens") if name in left]
     temperature = left.pop("temperature", None)
     by_chance = left.pop("do_sample", bool(temperature))
@@ -378,7 +401,7 @@ def _load(names: Sequence[str], include: Path | None, on_event: Callable[[Event]
         )
     try:
         loaded: dict[str, Any] = manager.load(sorted({match for matches in known.values() for match in matches}))
-    except (*REFUSALS, KeyError) as error:
+    except (*REFUSALS, LookupError) as error:
         raise _refused(names, error) from error
     return loaded
 

@@ -1,15 +1,30 @@
-"""`cavelight eval`: bits per byte of a checkpoint on the held-out part of a corpus."""
+"""`cavelight eval`: held-out text in bits per byte, the same by position, and needles in a haystack."""
 
+import json
 import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
 
 from cavelight.cli.generation import load
 from cavelight.cli.progress import screen
 from cavelight.cli.screen import OUT, duration, say_json
-from cavelight.spec.events import Phase
+from cavelight.disk import file_beside
+from cavelight.errors import UserError
+from cavelight.spec.events import Event
 from cavelight.spec.sections import DataSection
 
+if TYPE_CHECKING:
+    from cavelight.data.store import TokenStore
+    from cavelight.data.tokenizer import Tokenizer
+    from cavelight.spec.config import ModelConfig
+    from cavelight.train.needle import Found
+
 ROW_LENGTH = 512  # tokens of context at most, for checkpoints that come without the recipe of their run
+SHORTEST = 512  # of the haystacks that are tried unless told, a quarter of the next one each
 
 
 def evaluate(path: Path, corpus: str | None, dtype: str, without_mtp: bool, as_json: bool) -> None:
@@ -18,27 +33,161 @@ def evaluate(path: Path, corpus: str | None, dtype: str, without_mtp: bool, as_j
 
     import torch
 
-    from cavelight.data.batches import tokenize
-    from cavelight.data.corpus import read_corpus
     from cavelight.train.evaluate import held_out_bits_per_byte
-    from cavelight.train.prepare import cache_folder
-    from cavelight.train.state import RunFolder
     from cavelight.train.workers import Workers
 
-    run = RunFolder(path)
-    recipe = run.read_recipe() if run.recipe.is_file() else None
-    spec = corpus or (recipe.data.corpus if recipe else "stdlib")
-    row_length = recipe.data.row_length if recipe else min(ROW_LENGTH, model.config.max_position_embeddings)
-    data = recipe.data if recipe and not corpus else DataSection()
-    held = read_corpus(spec, data.held_out_every, data.text_key).held
+    data = data_of(path)
+    row_length = data.row_length if data else min(ROW_LENGTH, model.config.max_position_embeddings)
     began = time.monotonic()
-    with screen(f"{path} on held-out text of {spec}", as_json) as listen:
-        store = tokenize(
-            held, tokenizer, cache_folder(), lambda done, total: listen(Phase("tokenising", done, total, "B"))
-        )
+    with screen(f"{path} on held-out text of {name_of(path, corpus)}", as_json) as listen:
+        store = held_out_tokens(path, corpus, tokenizer, listen)
         bits = held_out_bits_per_byte(model, store, row_length, None, listen, Workers(torch.get_num_threads()))
     size, seconds = int(store.bytes_M.sum()), time.monotonic() - began
     if as_json:
         say_json({"kind": "result", "bits_per_byte": bits, "bytes": size, "tokens": len(store), "seconds": seconds})
         return
     OUT.print(f"[bold]{bits:.4f} bits per byte[/] on {size:,} bytes ({len(store):,} tokens), in {duration(seconds)}")
+
+
+def by_position(path: Path, corpus: str | None, out: Path | None, dtype: str, without_mtp: bool, as_json: bool) -> None:
+    """What context is worth, up to the model's longest: a table, by-position.json and a figure."""
+    model, tokenizer = load(path, dtype, without_mtp)
+
+    from cavelight.see.context import draw_by_position
+    from cavelight.train.evaluate import loss_by_position
+
+    with screen(f"{path} by position, on held-out text of {name_of(path, corpus)}", as_json) as listen:
+        store = held_out_tokens(path, corpus, tokenizer, listen)
+        length = min(model.config.max_position_embeddings, len(store) - 1)
+        buckets = loss_by_position(model, tokenizer, store, length, on_event=listen)
+    rows = [{**asdict(bucket), "loss": bucket.loss, "bits_per_byte": bucket.bits_per_byte} for bucket in buckets]
+    folder = out or beside(path)
+    write_json(folder / "by-position.json", {"length": length, "buckets": rows})
+    picture = folder / "by-position.png"
+    draw_by_position(buckets, picture, "What context is worth", [path.resolve().name, f"{length:,} tokens"])
+    if as_json:
+        say_json({"kind": "result", "length": length, "buckets": rows, "figure": picture})
+        return
+    table = Table("tokens of context", "predictions", "nats a token", "bits per byte", box=None)
+    for column in table.columns:
+        column.justify = "right"
+    for bucket in buckets:
+        span = f"{bucket.first:,} to {bucket.last:,}"
+        table.add_row(span, f"{bucket.tokens:,}", f"{bucket.loss:.4f}", f"{bucket.bits_per_byte:.4f}")
+    OUT.print(table)
+    OUT.print(f"The figure: {picture}", soft_wrap=True)
+
+
+def needle(
+    path: Path,
+    lengths: str | None,
+    depths: int,
+    trials: int,
+    out: Path | None,
+    dtype: str,
+    without_mtp: bool,
+    as_json: bool,
+) -> None:
+    """Needles in held-out text of the run's corpus, or of the standard library: a table, needle.json, a heat map."""
+    model, tokenizer = load(path, dtype, without_mtp)
+
+    from cavelight.plan.table import tokens_of
+    from cavelight.train.needle import find_needles
+
+    if depths < 1 or trials < 1:
+        raise UserError("Needles are counted from one", got=f"{depths} depths, {trials} trials")
+    chosen = [tokens_of(part) for part in lengths.split(",")] if lengths else steps_to(model.config)
+    with screen(f"{path}: needles in held-out text of {name_of(path, None)}", as_json) as listen:
+        tokens_N = held_out_tokens(path, None, tokenizer, listen).tokens_N[: max(chosen)]
+        text = tokenizer.decode(tokens_N.tolist())
+        results = find_needles(model, tokenizer, text, chosen, depths=depths, trials=trials, on_event=listen)
+    found, picture = report_needles(results, model.config, out or beside(path), path.resolve().name)
+    if as_json:
+        say_json({"kind": "result", "lengths": found, "figure": picture})
+        return
+    OUT.print(needle_table(found))
+    OUT.print(f"The heat map: {picture}", soft_wrap=True)
+
+
+def report_needles(
+    results: "Sequence[Found]", config: "ModelConfig", folder: Path, name: str
+) -> tuple[list[dict[str, Any]], Path]:
+    """Write needle.json and needle.png into `folder`; what is in the one, and where the other is.
+
+    Beside each cache's bytes stands what the planner says that decoding at this length takes for it, in float32.
+    """
+    from cavelight.plan.memory import decoding_memory
+    from cavelight.see.context import draw_needles
+
+    def planned(length: int) -> int:
+        return decoding_memory(config, context=length, cache="fp32").parts["cache"]
+
+    found = [{**asdict(result), "planned_cache_bytes": planned(result.length)} for result in results]
+    write_json(folder / "needle.json", {"lengths": found})
+    shares = [share for result in results for share in result.shares]
+    facts = [name, f"{min(sum(result.asked) for result in results):,} needles a length or more"]
+    draw_needles(results, folder / "needle.png", "Needles in a haystack", [*facts, f"worst cell {min(shares):.0%}"])
+    return found, folder / "needle.png"
+
+
+def needle_table(found: Sequence[Mapping[str, Any]]) -> Table:
+    """A row for each length: needles found, in all and in the worst depth, the time and the cache."""
+    heads = ("tokens", "haystacks", "found", "worst depth", "time", "latent cache", "planned")
+    table = Table(*heads, box=None)
+    for column in table.columns:
+        column.justify = "right"
+    for row in found:
+        shares = [found / asked for found, asked in zip(row["found"], row["asked"], strict=True)]
+        table.add_row(
+            f"{row['length']:,}",
+            f"{row['haystacks']:,}",
+            f"{sum(row['found']):,} of {sum(row['asked']):,}",
+            f"{min(shares):.1%}",
+            duration(row["seconds"]),
+            f"{row['cache_bytes'] / 1e6:.1f} MB",
+            f"{row['planned_cache_bytes'] / 1e6:.1f} MB",
+        )
+    return table
+
+
+def steps_to(config: "ModelConfig") -> list[int]:
+    """The model's longest context and quarters of quarters of it."""
+    lengths = [config.max_position_embeddings]
+    while lengths[0] // 4 >= SHORTEST:
+        lengths.insert(0, lengths[0] // 4)
+    return lengths
+
+
+def held_out_tokens(
+    path: Path, corpus: str | None, tokenizer: "Tokenizer", listen: Callable[[Event], None]
+) -> "TokenStore":
+    """Held-out text of `corpus`, or of the run's own, or of the standard library."""
+    from cavelight.train.prepare import held_out, read_corpora
+
+    data = DataSection(corpus=corpus) if corpus else data_of(path) or DataSection()
+    return held_out(read_corpora(data), tokenizer, listen)[0]
+
+
+def data_of(path: Path) -> DataSection | None:
+    """The data that the run in `path` learns from; None for a checkpoint that is no run."""
+    from cavelight.train.state import RunFolder
+
+    run = RunFolder(path)
+    return run.read_recipe().data if run.recipe.is_file() else None
+
+
+def name_of(path: Path, corpus: str | None) -> str:
+    """What the text is called on the screen."""
+    data = data_of(path)
+    return corpus or (", ".join(source.corpus for source in data.sources) if data else "stdlib")
+
+
+def beside(path: Path) -> Path:
+    """Where figures go unless told: NAME-eval beside the folder."""
+    folder = path.resolve()
+    return folder.with_name(f"{folder.name}-eval")
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    with file_beside(path) as scratch:
+        scratch.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

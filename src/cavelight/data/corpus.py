@@ -40,7 +40,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class HoldOut:
-    """The rule of division: one name in `every` is held out, by its hash; `moved` is on the side its hash is not."""
+    """The rule of division: one name in `every` is held out, by its hash; `moved` is on the side its hash is not.
+
+    Names are all it knows: a text that a corpus has under two names may be on both sides.
+    """
 
     every: int
     moved: str | None = None
@@ -198,7 +201,11 @@ def _corpus(name: str, sources: list[Source], rule: HoldOut, text_key: str = "te
     """Divide `sources`; where the hash puts every document on one side, the last one is moved to the other."""
     sources.sort(key=lambda source: source.name)
     names: list[str] = []
-    blocks = (block for source in sources for block in read_blocks(source, START, text_key))
+    blocks = (
+        block
+        for source in sources  # the first block of a file names all that lies on one side
+        for block in itertools.islice(read_blocks(source, START, text_key), 1 if source.kind in WHOLE else None)
+    )
     for document in itertools.chain.from_iterable(map(record_names, blocks)):
         names.append(document)
         if rule(document) != rule(names[0]):  # both sides have one, mostly within a few dozen names
@@ -219,7 +226,10 @@ def _corpus(name: str, sources: list[Source], rule: HoldOut, text_key: str = "te
 
 
 def _find(spec: str) -> Iterator[tuple[str, Path]]:
-    """Files at `spec` with the names that decide their side: relative to the folder, so that it may be moved."""
+    """Files at `spec` with the names that decide their side: relative to the folder, so that it may be moved.
+
+    A file that is met again, by way of a link, is left out: it could be on both sides.
+    """
     root = Path(spec).expanduser()
     if root.is_file():
         yield root.name, root
@@ -227,16 +237,28 @@ def _find(spec: str) -> Iterator[tuple[str, Path]]:
     if root.is_dir():
         found = list(_walk(root, lambda folder: True))
     else:
-        found = [path for match in glob.glob(str(root), recursive=True) if (path := Path(match)).is_file()]
+        found = [path for match in sorted(glob.glob(str(root), recursive=True)) if (path := Path(match)).is_file()]
         root = Path(os.path.commonpath([path.parent for path in found])) if found else root
+    met: set[tuple[int, int]] = set()
     for path in found:
-        yield path.relative_to(root).as_posix(), path
+        if (identity := file_identity(path)) not in met:
+            met.add(identity)
+            yield path.relative_to(root).as_posix(), path
+
+
+def file_identity(path: Path) -> tuple[int, int]:
+    """What tells a file from every other on this machine, by whatever name and link it is reached."""
+    stat = path.stat()
+    return stat.st_dev, stat.st_ino
 
 
 def _walk(root: Path, enters: Callable[[str], bool]) -> Iterator[Path]:
     """All regular files below `root` that are not hidden, in folders that `enters` likes."""
-    for folder, folders, files in os.walk(root):
+    for folder, folders, files in os.walk(root, onerror=lambda error: log.warning("Left out: %s.", error)):
         folders[:] = sorted(name for name in folders if not name.startswith(".") and enters(name))
+        for name in folders:
+            if Path(folder, name).is_symlink():
+                log.warning("%s is left out: a link to a folder.", Path(folder, name))
         for name in sorted(files):
             path = Path(folder, name)
             if not name.startswith(".") and path.is_file():

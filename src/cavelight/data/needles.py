@@ -77,7 +77,7 @@ def stream(source: Random, context: int) -> Iterator[str]:
     what is near has to be found as well, and is what a model learns to find first.
     """
     lines, number = max(context / LINE_TOKENS, 2.0), 0
-    free, resting = deque(_shuffled(source, NAMES)), deque[tuple[float, str]]()
+    free, resting = list(NAMES), deque[tuple[float, str]]()
     due: list[tuple[float, str, int]] = []  # line number, fact, how often it is still to be stated
     while True:
         number += 1
@@ -87,9 +87,11 @@ def stream(source: Random, context: int) -> Iterator[str]:
         if source.random() > FACT_SHARE or not (again or free):
             yield filler(source)
             continue
-        line, left = heappop(due)[1:] if again else (Fact(free[0], _code(source)).line, TIMES)
-        if left == TIMES:
-            free.popleft()
+        if again:
+            _, line, left = heappop(due)
+        else:
+            name = free.pop(int(source.random() * len(free)))
+            line, left = Fact(name, _code(source)).line, TIMES
         if left > 1:
             heappush(due, (number + _gap(source, lines), line, left - 1))
         else:

@@ -20,6 +20,7 @@ from cavelight.data.unpack import COMPRESSED, open_stored, optional
 from cavelight.errors import UserError
 
 BLOCK_BYTES = 1 << 20  # of JSON lines, or of a Parquet column
+ROWS_AT_ONCE = 1 << 12  # of Parquet at most: where texts repeat, their size on the disk says little
 PIECE_BYTES = 4 << 20  # a longer text becomes several documents, so that memory stays bounded
 LONGEST_LINE = 128 << 20  # of JSON, which must be held whole to be understood
 HEAD_BYTES = 1 << 20  # how much of a compressed file tells how far it was compressed
@@ -220,20 +221,20 @@ class _Parquet:
         with self._clear_errors():
             self._file = parquet.ParquetFile(path, memory_map=False, pre_buffer=False)
         names = self._file.schema_arrow.names
-        kind = self._file.schema_arrow.field(column).type if column in names else None
-        if "string" not in str(kind):
+        kind = self._file.schema_arrow.field(column).type if names.count(column) == 1 else None
+        if str(kind).removeprefix("dictionary<values=").split(",")[0] not in ("string", "large_string", "string_view"):
             got = f"the columns {', '.join(names)}" if kind is None else f"a column of {kind}"
             raise UserError(f"{path} has no text under {column!r}", got=got, do="name the column that holds the text")
         described = self._file.metadata
         groups = [described.row_group(number) for number in range(described.num_row_groups)]
-        place = next(i for i in range(described.num_columns) if described.schema.column(i).path.split(".")[0] == column)
+        place = next(i for i in range(described.num_columns) if described.schema.column(i).path == column)
         self.text_bytes = sum(group.column(place).total_uncompressed_size for group in groups)
         self._ends = list(accumulate(group.num_rows for group in groups))
 
     def texts(self, first: int) -> Iterator[list[str | None]]:
         """Rows from number `first` on. A row group is gone through in the same steps wherever it is entered."""
         rows = self._ends[-1] if self._ends else 0
-        at_once = max(1, rows * BLOCK_BYTES // max(self.text_bytes, 1))
+        at_once = min(max(1, rows * BLOCK_BYTES // max(self.text_bytes, 1)), ROWS_AT_ONCE)
         for group in range(bisect_right(self._ends, first), len(self._ends)):
             number = self._ends[group - 1] if group else 0
             with self._clear_errors():
@@ -253,7 +254,9 @@ class _Parquet:
             raise UserError(f"{self.path} may not be read", do="change its permissions or leave it out") from error
         except (self._arrow.ArrowException, OSError) as error:
             raise UserError(
-                f"{self.path} is a broken Parquet file", got=str(error), do="fetch it again, or leave it out"
+                f"{self.path} is a broken Parquet file",
+                got=" ".join(str(error).split()),  # in one line
+                do="fetch it again, or leave it out",
             ) from error
 
 
@@ -325,7 +328,7 @@ def _decoded(data: bytes, path: Path, offset: int) -> str:
 def _text_field(line: str, place: str, key: str) -> str:
     try:
         record = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # the reader's limits on digits and on depth among them
         raise UserError(f"{place} is not JSON", got=str(error), do="mend the line: one JSON object per line") from error
     if not isinstance(record, dict) or not isinstance(record.get(key), str):
         got = "the keys " + ", ".join(map(repr, record)) if isinstance(record, dict) else type(record).__name__

@@ -66,7 +66,7 @@ class TokenStore:
             if folder.exists():
                 raise ValueError(f"{Path(error.filename).name} is missing") from error
             return None
-        except (KeyError, TypeError, AttributeError) as error:
+        except (LookupError, TypeError, AttributeError) as error:
             raise ValueError(f"meta.json is broken: {error!r}") from error
         tokens, documents = pieces[-1].tokens, pieces[-1].documents
         return cls(
@@ -191,10 +191,12 @@ def unfinished(final: Path) -> Iterator[Path]:
 
 
 def join(stores: Sequence[TokenStore], writer: StoreWriter) -> None:
-    """Append the documents of all `stores`, one after another."""
+    """Append the documents of all `stores`, one after another, but for those that a killed call has appended."""
+    done = writer.documents
     for store in stores:
-        starts_M1 = np.asarray(store.starts_M1)
-        for first in range(0, len(store.bytes_M), DOCUMENTS_AT_ONCE):
+        starts_M1, begin = np.asarray(store.starts_M1), min(done, len(store.bytes_M))
+        done -= begin
+        for first in range(begin, len(store.bytes_M), DOCUMENTS_AT_ONCE):
             last = min(first + DOCUMENTS_AT_ONCE, len(store.bytes_M))
             tokens_N = store.tokens_N[starts_M1[first] : starts_M1[last]]
             lengths_M = np.diff(starts_M1[first : last + 1])
@@ -236,12 +238,15 @@ def _checksum(path: Path, start: int, stop: int) -> int:
 
 
 def _journaled(folder: Path, dtype: np.dtype[Any]) -> list[Piece]:
-    """The pieces that a journal tells of, if their bytes are there. A torn last line counts for nothing."""
+    """The pieces that a journal tells of, if it can be read and their bytes are there; a torn last line is dropped."""
     journal = folder / "journal.jsonl"
     if not journal.exists():
         return []
     whole = [line for line in journal.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
-    pieces = [Piece(**json.loads(line)) for line in whole]
+    try:
+        pieces = [Piece(**json.loads(line)) for line in whole]
+    except (ValueError, TypeError):
+        whole, pieces = [], []
     sizes = _sizes(pieces[-1], dtype) if pieces else {}
     if any(not (folder / name).exists() or (folder / name).stat().st_size < size for name, size in sizes.items()):
         whole, pieces = [], []

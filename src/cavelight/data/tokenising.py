@@ -126,11 +126,13 @@ def _encoded(
 def _tasks(blocks: Iterable[Block]) -> Iterator[list[Block]]:
     """Blocks, so many together as are worth a message."""
     task: list[Block] = []
+    size = 0
     for block in blocks:
         task.append(block)
-        if sum(block.size for block in task) >= BLOCK_BYTES:
+        size += block.size
+        if size >= BLOCK_BYTES:
             yield task
-            task = []
+            task, size = [], 0
     if task:
         yield task
 

@@ -23,8 +23,10 @@ def open_stored(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
     try:
         with open(path, "rb") as stored, _unpacked(path, stored) as handle:
             yield handle, stored
-    except PermissionError as error:
-        raise UserError(f"{path} may not be read", do="change its permissions or leave it out") from error
+    except (PermissionError, FileNotFoundError) as error:
+        raise UserError(
+            f"{path} cannot be read", got=error.strerror or "", do="change its permissions or leave it out"
+        ) from error
     except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
         if path.suffix not in COMPRESSED:
             raise

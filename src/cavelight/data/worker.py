@@ -5,6 +5,7 @@ import os
 import pickle
 import signal
 import sys
+from typing import Any
 
 from cavelight.data.encode import Encoder
 from cavelight.data.tokenising import Answer, Setup
@@ -22,18 +23,22 @@ class _Kept(logging.Handler):
         self.messages.append(record.getMessage())
 
 
+def _received() -> Any:
+    try:
+        return pickle.load(sys.stdin.buffer)
+    except (EOFError, pickle.UnpicklingError):  # the latter where the caller was killed in the middle of a message
+        sys.exit()
+
+
 def main() -> None:
     """Until stdin ends, be it that the caller closed it or died. Ctrl-C is the caller's to answer."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     kept = _Kept()
     logging.getLogger().addHandler(kept)
-    setup: Setup = pickle.load(sys.stdin.buffer)
+    setup: Setup = _received()
     encoder = Encoder(setup.tokenizer, setup.manner)
     while True:
-        try:
-            blocks = pickle.load(sys.stdin.buffer)
-        except EOFError:
-            return
+        blocks = _received()
         kept.messages.clear()
         try:
             documents = (document for block in blocks for document in setup.part.documents(block))

@@ -1,16 +1,21 @@
 """Causal attention over MLA's latent rows, in its two forms and as a plain twin of both.
 
-Letters: B sequences of equal length, T queries, S rows (the past and the T present ones, which come last), H heads,
-N width without position, R rotary width, U value width, C latent width, L = C + R.
+Letters: B sequences of equal length, T queries (where there is no B: of all sequences end to end), S rows (the past
+and the T present ones, which come last), H heads, N width without position, R rotary width, U value width, C latent
+width, L = C + R.
 
 A row is what the cache keeps of a token: its latent after the norm, then its shared key after RoPE. Both forms give
 the same values (V3 report, section 2.1.1; V2 report, section 2.1.2): the expanded one raises every row to keys and
 values of all heads, the absorbed one takes the queries down into the latent space and leaves the rows as they are.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from cavelight.kernels.causal import causal
 
 
 def expanded(
@@ -30,6 +35,29 @@ def expanded(
     mask_TS = None if T in (1, S) else _causal_mask(T, S, rows_BSL.device)
     o_BHTW = F.scaled_dot_product_attention(q_BHTW, k_BHSW, v_BHSW, attn_mask=mask_TS, is_causal=T == S, scale=scale)
     return o_BHTW.transpose(1, 2)[..., :U]
+
+
+def packed(
+    q_nope_THN: Tensor,
+    q_rope_THR: Tensor,
+    c_TC: Tensor,
+    k_rope_TR: Tensor,
+    k_up_HNC: Tensor,
+    v_up_HUC: Tensor,
+    lengths: Sequence[int],
+    scale: float,
+) -> Tensor:
+    """Whole sequences of these lengths end to end, for training and evaluation: [T, H, U]."""
+    if c_TC.dtype == torch.float32 and c_TC.device.type == "cpu":
+        k_nope_THN = F.linear(c_TC, k_up_HNC.flatten(0, 1)).view(q_nope_THN.shape)
+        v_THU = F.linear(c_TC, v_up_HUC.flatten(0, 1)).unflatten(1, v_up_HUC.shape[:2])
+        return causal(q_nope_THN, q_rope_THR, k_nope_THN, k_rope_TR, v_THU, lengths, scale)
+    flat = (q_nope_THN, q_rope_THR, torch.cat([c_TC, k_rope_TR], dim=-1))
+    if len(set(lengths)) == 1:  # one call over all
+        q, r, rows = (t.unflatten(0, (len(lengths), lengths[0])) for t in flat)
+        return expanded(q, r, rows, k_up_HNC, v_up_HUC, scale).flatten(0, 1)
+    parts = zip(*(t.split(list(lengths)) for t in flat), strict=True)
+    return torch.cat([expanded(q[None], r[None], s[None], k_up_HNC, v_up_HUC, scale)[0] for q, r, s in parts])
 
 
 def absorbed(

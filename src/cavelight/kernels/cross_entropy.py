@@ -1,6 +1,6 @@
-"""Cross-entropy of logits with the gradient made along with the value, and its plain twin.
+"""The head and the cross-entropy after it as one operation that never holds all logits, and its plain twin.
 
-Letters: T tokens, V vocabulary.
+Letters: T tokens, D hidden size, V vocabulary.
 """
 
 from collections.abc import Callable
@@ -10,37 +10,68 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+LOGITS_AT_ONCE = 1 << 22  # 16 MB in float32: little to hold, and enough rows for a matrix product
+FEWEST_TOKENS = 64
 
-def fused(logits_TV: Tensor, labels_T: Tensor, ignore: int) -> Tensor:
-    """Sum of -log softmax(logits)[label] over the labelled tokens, float32 scalar.
 
-    The softmax that the value needs becomes the gradient in place: two passes over T * V numbers less.
+def linear(hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, ignore: int) -> Tensor:
+    """Sum of -log softmax(weight hidden_t)[label_t] over the tokens whose label is not `ignore`: float32 scalar, nats.
+
+    A few tokens at a time: their softmax becomes the gradient in place, which goes into those of hidden states and
+    weight at once. So the backward pass has nothing left to do but scale them.
     """
-    loss: Tensor = _apply(logits_TV, labels_T, ignore)
+    loss: Tensor = _apply(hidden_TD, weight_VD, labels_T, ignore)
     return loss
 
 
-def plain(logits_TV: Tensor, labels_T: Tensor, ignore: int) -> Tensor:
+def plain(hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, ignore: int) -> Tensor:
     """The definition."""
+    logits_TV = F.linear(hidden_TD, weight_VD).float()
     return F.cross_entropy(logits_TV, labels_T, ignore_index=ignore, reduction="sum")
 
 
-class _Fused(torch.autograd.Function):
+class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits_TV: Tensor, labels_T: Tensor, ignore: int) -> Tensor:
-        kept_T, index_T1 = labels_T != ignore, labels_T.clamp(min=0)[:, None]
-        error_TV = logits_TV.softmax(dim=-1)
-        logsumexp_T = logits_TV.amax(dim=-1) - error_TV.amax(dim=-1).log()  # at the largest: no second round of exp
-        nll_T = logsumexp_T - logits_TV.gather(1, index_T1)[:, 0]
-        if ctx.needs_input_grad[0]:  # d loss / d logits is the softmax, minus one at the label
-            error_TV.scatter_add_(1, index_T1, error_TV.new_full(index_T1.shape, -1.0))
-            ctx.save_for_backward(error_TV, kept_T)
-        return (nll_T * kept_T).sum()
+    def forward(ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, ignore: int) -> Tensor:
+        at_once = max(LOGITS_AT_ONCE // weight_VD.shape[0], FEWEST_TOKENS)
+        wanted = any(ctx.needs_input_grad)
+        dhidden_TD = torch.empty_like(hidden_TD)
+        # Sums over many chunks stay in float32, whatever the weight is stored in.
+        dweight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
+        nll = hidden_TD.new_zeros((), dtype=torch.float32)
+        parts = (hidden_TD.split(at_once), labels_T.split(at_once), dhidden_TD.split(at_once))
+        for hidden_tD, labels_t, dhidden_tD in zip(*parts, strict=True):
+            nll_t, error_tV = _error(F.linear(hidden_tD, weight_VD).float(), labels_t, ignore)
+            nll += nll_t.sum()
+            if wanted:
+                error_tV = error_tV.to(weight_VD.dtype)
+                torch.mm(error_tV, weight_VD, out=dhidden_tD)
+                _add_product(dweight_VD, error_tV.mT, hidden_tD)
+        if wanted:
+            ctx.save_for_backward(dhidden_TD, dweight_VD.to(weight_VD.dtype))
+        return nll
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        error_TV, kept_T = ctx.saved_tensors
-        return error_TV * (kept_T * grads[0])[:, None], None, None
+        dhidden_TD, dweight_VD = ctx.saved_tensors
+        return dhidden_TD * grads[0], dweight_VD * grads[0], None, None
 
 
-_apply: Callable[..., Tensor] = _Fused.apply
+def _error(logits_tV: Tensor, labels_t: Tensor, ignore: int) -> tuple[Tensor, Tensor]:
+    """Each token's -log p and its gradient by the logits: the softmax, minus one at the label; zero where ignored."""
+    kept_t1, index_t1 = (labels_t != ignore)[:, None], labels_t.clamp(min=0)[:, None]
+    p_tV = logits_tV.softmax(dim=-1)
+    logsumexp_t1 = logits_tV.amax(dim=-1, keepdim=True) - p_tV.amax(dim=-1, keepdim=True).log()
+    nll_t1 = (logsumexp_t1 - logits_tV.gather(1, index_t1)) * kept_t1
+    error_tV = p_tV.scatter_add_(1, index_t1, p_tV.new_full(index_t1.shape, -1.0))
+    return nll_t1[:, 0], error_tV if kept_t1.all() else error_tV.mul_(kept_t1)
+
+
+def _add_product(sum_XY: Tensor, a_XT: Tensor, b_TY: Tensor) -> None:
+    if a_XT.dtype == sum_XY.dtype:
+        sum_XY.addmm_(a_XT, b_TY)
+    else:
+        sum_XY += a_XT @ b_TY
+
+
+_apply: Callable[..., Tensor] = _Linear.apply

@@ -4,7 +4,7 @@ Letters: T tokens, K experts a token, E experts, D hidden size, F expert width, 
 R rows: the pairs sorted by expert (each expert's rows padded to a multiple, where that pays).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 SMALL_MATRIX = 1 << 16  # elements of one expert's matrix that are quicker copied than sorted for
 FEW_PAIRS = 32
+ROWS_AT_ONCE = 1024
 
 
 def grouped(
@@ -52,54 +53,63 @@ def plain(
 
 
 class _Grouped(torch.autograd.Function):
-    """Forward and backward by hand, so that products are written in place and nothing is kept twice."""
+    """Forward and backward by hand. The elementwise part goes some rows at a time, which a core's cache holds.
+
+    Kept are the products with gate and up alone: rows of x are gathered anew, and the weights' gradient, which is
+    dy_t down a, is taken between a and dy_t down, so that no expert's output is needed.
+    """
 
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, *matrices: Tensor) -> Tensor:
         gate_EFD, up_EFD, down_EDF = matrices
-        (T, K), D, width = ids_TK.shape, x_TD.shape[1], gate_EFD.shape[1]
-        slots_P, pairs_R, sizes = _sort(ids_TK, gate_EFD.shape[0], _row_multiple(x_TD))
-        x_RD = x_TD.index_select(0, pairs_R // K)
-        gate_RF, up_RF = x_RD.new_empty(x_RD.shape[0], width), x_RD.new_empty(x_RD.shape[0], width)
-        _multiply(x_RD, gate_EFD.mT, gate_RF, sizes)
-        _multiply(x_RD, up_EFD.mT, up_RF, sizes)
-        a_RF = F.silu(gate_RF).mul_(up_RF)
-        y_RD = torch.empty_like(x_RD)
-        _multiply(a_RF, down_EDF.mT, y_RD, sizes)
-        y_TKD = y_RD.index_select(0, slots_P).view(T, K, D)
-        ctx.save_for_backward(x_RD, gate_RF, up_RF, y_TKD, weights_TK, slots_P, pairs_R, *matrices)
+        slots_TK, tokens_R, sizes = _sort(ids_TK, gate_EFD.shape[0], _row_multiple(x_TD))
+        gate_RF, up_RF = (x_TD.new_empty(tokens_R.shape[0], gate_EFD.shape[1]) for _ in matrices[:2])
+        y_RD = x_TD.new_empty(tokens_R.shape[0], x_TD.shape[1])
+        for experts, rows, sizes_e in _groups(sizes):
+            x_rD, gate_rF, up_rF = x_TD.index_select(0, tokens_R[rows]), gate_RF[rows], up_RF[rows]
+            _multiply(x_rD, gate_EFD[experts].mT, gate_rF, sizes_e)
+            _multiply(x_rD, up_EFD[experts].mT, up_rF, sizes_e)
+            _multiply(F.silu(gate_rF).mul_(up_rF), down_EDF[experts].mT, y_RD[rows], sizes_e)
+        ctx.save_for_backward(x_TD, gate_RF, up_RF, weights_TK, slots_TK, tokens_R, *matrices)
         ctx.sizes = sizes
-        return torch.bmm(weights_TK[:, None].to(y_TKD.dtype), y_TKD)[:, 0]
+        return F.embedding_bag(slots_TK, y_RD, per_sample_weights=weights_TK.to(y_RD.dtype), mode="sum")
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (dy_TD,), sizes = grads, ctx.sizes
-        x_RD, gate_RF, up_RF, y_TKD, weights_TK, slots_P, pairs_R, gate_EFD, up_EFD, down_EDF = ctx.saved_tensors
-        T, K = weights_TK.shape
-        dweights_TK = torch.bmm(y_TKD, dy_TD[..., None])[..., 0].to(weights_TK.dtype)
-        # A padding row stands for pair 0 as well; its weight of zero keeps it out of every gradient.
-        weights_R = torch.zeros_like(pairs_R, dtype=dy_TD.dtype)
-        weights_R[slots_P] = weights_TK.flatten().to(dy_TD.dtype)
-        dy_RD = dy_TD.index_select(0, pairs_R // K).mul_(weights_R[:, None])
-        sigmoid_RF = gate_RF.sigmoid()
-        silu_RF = gate_RF * sigmoid_RF
-        da_RF = torch.empty_like(gate_RF)
-        _multiply(dy_RD, down_EDF, da_RF, sizes)
-        ddown_EDF = _multiply_rows(dy_RD, silu_RF * up_RF, sizes)
-        dup_RF = da_RF * silu_RF
-        dgate_RF = da_RF.mul_(up_RF).mul_(silu_RF.mul_(1 - sigmoid_RF).add_(sigmoid_RF))  # silu' = silu (1 - s) + s
-        dx_RD = torch.empty_like(x_RD)
-        _multiply(dgate_RF, gate_EFD, dx_RD, sizes)
-        _multiply(dup_RF, up_EFD, dx_RD, sizes, add=True)
-        dx_TD = dx_RD.index_select(0, slots_P).view(T, K, -1).sum(dim=1)
-        return (
-            dx_TD,
-            None,
-            dweights_TK,
-            _multiply_rows(dgate_RF, x_RD, sizes),
-            _multiply_rows(dup_RF, x_RD, sizes),
-            ddown_EDF,
-        )
+        x_TD, gate_RF, up_RF, weights_TK, slots_TK, tokens_R, *matrices = ctx.saved_tensors
+        (dy_TD,), (gate_EFD, up_EFD, down_EDF) = grads, matrices
+        dgate_EFD, dup_EFD, ddown_EDF = (torch.empty_like(m, memory_format=torch.contiguous_format) for m in matrices)
+        # A padding row stands for token 0 as well; its weight of zero keeps it out of every gradient.
+        weights_R1 = dy_TD.new_zeros(tokens_R.shape[0], 1)
+        weights_R1[slots_TK.flatten(), 0] = weights_TK.flatten().to(dy_TD.dtype)
+        dweights_R, dx_RD = torch.empty_like(weights_R1[:, 0]), dy_TD.new_empty(tokens_R.shape[0], x_TD.shape[1])
+        for experts, rows, sizes_e in _groups(ctx.sizes):
+            x_rD, dy_rD = x_TD.index_select(0, tokens_R[rows]), dy_TD.index_select(0, tokens_R[rows])
+            gate_rF, up_rF, weights_r1 = gate_RF[rows], up_RF[rows], weights_R1[rows]
+            silu_rF, da_rF = F.silu(gate_rF), torch.empty_like(gate_rF)
+            a_rF = silu_rF * up_rF
+            _multiply(dy_rD, down_EDF[experts], da_rF, sizes_e)
+            dweights_R[rows] = torch.linalg.vecdot(da_rF, a_rF)
+            _multiply_rows(dy_rD, a_rF.mul_(weights_r1), ddown_EDF[experts], sizes_e)
+            dup_rF = silu_rF.mul_(da_rF.mul_(weights_r1))
+            dgate_rF = torch.ops.aten.silu_backward(da_rF.mul_(up_rF), gate_rF)
+            _multiply(dgate_rF, gate_EFD[experts], dx_RD[rows], sizes_e)
+            _multiply(dup_rF, up_EFD[experts], dx_RD[rows], sizes_e, add=True)
+            _multiply_rows(dgate_rF, x_rD, dgate_EFD[experts], sizes_e)
+            _multiply_rows(dup_rF, x_rD, dup_EFD[experts], sizes_e)
+        dx_TD = F.embedding_bag(slots_TK, dx_RD, mode="sum")
+        dweights_TK = dweights_R[slots_TK].to(weights_TK.dtype)
+        return dx_TD, None, dweights_TK, dgate_EFD, dup_EFD, ddown_EDF
+
+
+def _groups(sizes: list[int]) -> Iterator[tuple[slice, slice, list[int]]]:
+    """Experts with about ROWS_AT_ONCE rows together (one with more is alone), their rows, and how many each has."""
+    first, start, rows = 0, 0, 0
+    for expert, size in enumerate([*sizes, ROWS_AT_ONCE]):
+        if expert > first and (rows + size > ROWS_AT_ONCE or expert == len(sizes)):
+            yield slice(first, expert), slice(start, start + rows), sizes[first:expert]
+            first, start, rows = expert, start + rows, 0
+        rows += size
 
 
 def _multiply(a_RX: Tensor, b_EXY: Tensor, out_RY: Tensor, sizes: list[int], add: bool = False) -> None:
@@ -109,31 +119,29 @@ def _multiply(a_RX: Tensor, b_EXY: Tensor, out_RY: Tensor, sizes: list[int], add
             torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
 
 
-def _multiply_rows(a_RX: Tensor, b_RY: Tensor, sizes: list[int]) -> Tensor:
-    """aT b over each expert's rows, [E, X, Y]; zero where it has none."""
-    out_EXY = a_RX.new_empty(len(sizes), a_RX.shape[1], b_RY.shape[1])
+def _multiply_rows(a_RX: Tensor, b_RY: Tensor, out_EXY: Tensor, sizes: list[int]) -> None:
+    """out = aT b over each expert's rows; zero where it has none."""
     for a, b, out in zip(a_RX.mT.split(sizes, dim=1), b_RY.split(sizes), out_EXY.unbind(), strict=True):
         torch.mm(a, b, out=out)
-    return out_EXY
 
 
 _apply: Callable[..., Tensor] = _Grouped.apply
 
 
 def _sort(ids_TK: Tensor, experts: int, multiple: int) -> tuple[Tensor, Tensor, list[int]]:
-    """Each pair's row [P]; each row's pair [R], 0 where it is padding; how many rows each expert has."""
+    """Each pair's row [T, K]; each row's token [R], 0 where it is padding; how many rows each expert has."""
     ids_P = ids_TK.flatten()
     order_P = ids_P.argsort(stable=True)
     counts_E = torch.bincount(ids_P, minlength=experts)
     room_E = (counts_E + multiple - 1) // multiple * multiple
     shift_E = (room_E - counts_E).cumsum(0) - (room_E - counts_E)  # how far padding moves an expert's rows
     rows_P = torch.arange(ids_P.numel(), device=ids_P.device) + shift_E[ids_P[order_P]]
-    slots_P = torch.empty_like(ids_P)
-    slots_P[order_P] = rows_P
+    slots_TK = ids_TK.new_empty(ids_TK.shape)
+    slots_TK.view(-1)[order_P] = rows_P
     sizes: list[int] = room_E.tolist()
-    pairs_R = ids_P.new_zeros(sum(sizes))
-    pairs_R[rows_P] = order_P
-    return slots_P, pairs_R, sizes
+    tokens_R = ids_P.new_zeros(sum(sizes))
+    tokens_R[rows_P] = order_P // ids_TK.shape[1]
+    return slots_TK, tokens_R, sizes
 
 
 def _row_multiple(x_TD: Tensor) -> int:

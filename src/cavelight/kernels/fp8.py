@@ -174,7 +174,8 @@ class _Experts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, *rest: Any) -> Tensor:
         (T, K), D, (*matrices, p2), dtype = ids_TK.shape, x_TD.shape[1], rest, x_TD.dtype
-        slots_P, _, sizes = experts._sort(ids_TK, matrices[0].shape[0], _row_multiple(x_TD.device))
+        slots, _, sizes = experts._sort(ids_TK, matrices[0].shape[0], _row_multiple(x_TD.device))
+        slots_P = slots.flatten()
         tokens_R = slots_P.new_full((sum(sizes),), T)  # rows that fill up are of a token of zeros: no scale sees them
         tokens_R[slots_P] = torch.arange(T, device=x_TD.device).repeat_interleave(K)
         gate, up, down = (quantise(matrix, BLOCK, power_of_two=p2) for matrix in matrices)

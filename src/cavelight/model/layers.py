@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cavelight.kernels import norm
 from cavelight.spec.config import ModelConfig, Yarn
 
 
@@ -31,7 +32,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, eps=self.eps).to(x.dtype) * self.weight
+        return norm.rms(x, self.weight, self.eps)
 
 
 class SwiGLU(nn.Module):
@@ -63,9 +64,11 @@ class Rotary:
 
 def rotate(x_THR: Tensor, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
     """RoPE on adjacent pairs (2i, 2i+1), as DeepSeek's checkpoints have them; float32 inside."""
-    cos, sin = (t[:, None] for t in cos_sin)
-    even, odd = x_THR.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x_THR.dtype)
+    turns = torch.complex(*cos_sin)[:, None]
+    pairs = x_THR.float().unflatten(-1, (-1, 2))
+    if any(step % 2 for step in (*pairs.stride()[:-1], pairs.storage_offset())):
+        pairs = pairs.contiguous()  # a pair is one complex number; it must lie like one
+    return torch.view_as_real(torch.view_as_complex(pairs) * turns).flatten(-2).to(x_THR.dtype)
 
 
 def rotary_frequencies(width: int, theta: float, yarn: Yarn | None) -> Tensor:

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from cavelight.kernels import attend
@@ -65,16 +64,7 @@ class PackedAttend:
         v_up_HUC: Tensor,
         scale: float,
     ) -> Tensor:
-        rows_TL = torch.cat([c_TC, k_rope_TR], dim=-1)
-        if len(set(self.lengths)) == 1:  # equal lengths: one call over all
-            q_nope_BTHN, q_rope_BTHR, rows_BTL = (
-                t.unflatten(0, (len(self.lengths), self.lengths[0])) for t in (q_nope_THN, q_rope_THR, rows_TL)
-            )
-            return attend.expanded(q_nope_BTHN, q_rope_BTHR, rows_BTL, k_up_HNC, v_up_HUC, scale).flatten(0, 1)
-        parts = zip(*(t.split(list(self.lengths)) for t in (q_nope_THN, q_rope_THR, rows_TL)), strict=True)
-        return torch.cat(
-            [attend.expanded(q[None], r[None], s[None], k_up_HNC, v_up_HUC, scale)[0] for q, r, s in parts]
-        )
+        return attend.packed(q_nope_THN, q_rope_THR, c_TC, k_rope_TR, k_up_HNC, v_up_HUC, self.lengths, scale)
 
 
 @dataclass(frozen=True)

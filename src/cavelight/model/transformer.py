@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cavelight.kernels import cross_entropy
 from cavelight.model.block import Block
 from cavelight.model.layers import Linear, RMSNorm, Rotary
 from cavelight.model.mtp import MTPModule
@@ -14,6 +15,7 @@ from cavelight.model.ports import Attend, Dispatch, GroupedDispatch, PackedAtten
 from cavelight.model.router import Routing
 from cavelight.spec.config import ModelConfig
 
+NO_LABEL = -100  # in place of a label: nothing is to be predicted there
 TRUNK = -1  # as `after`: the hidden state came from the trunk, not from an MTP module
 
 
@@ -69,6 +71,10 @@ class Transformer(nn.Module):
         """Next-token logits [T, V], float32."""
         return F.linear(self.model.norm(hidden_TD), self.lm_head.weight).float()
 
+    def nll(self, hidden_TD: Tensor, labels_T: Tensor) -> Tensor:
+        """Sum of the labels' -log p by `head`, in nats, float32; NO_LABEL counts nothing. All logits never stand."""
+        return cross_entropy.linear(self.model.norm(hidden_TD), self.lm_head.weight, labels_T, NO_LABEL)
+
     def draft(
         self,
         depth: int,
@@ -95,6 +101,10 @@ class Transformer(nn.Module):
     def draft_head(self, depth: int, hidden_TD: Tensor) -> Tensor:
         """Logits [T, V] of the token depth + 2 places on, by the shared head (V3 report, eq. 23); float32."""
         return F.linear(self._norm_after(depth)(hidden_TD), self.lm_head.weight).float()
+
+    def draft_nll(self, depth: int, hidden_TD: Tensor, labels_T: Tensor) -> Tensor:
+        """As `nll`, by `draft_head`."""
+        return cross_entropy.linear(self._norm_after(depth)(hidden_TD), self.lm_head.weight, labels_T, NO_LABEL)
 
     def _norm_after(self, module: int) -> RMSNorm:
         """The norm before the head, of the trunk or of an MTP module."""

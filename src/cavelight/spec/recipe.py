@@ -120,5 +120,10 @@ def _sentences(error: ValidationError) -> str:
             near = difflib.get_close_matches(place, known, 1)
             parts.append(f"unknown key {place}" + (f" (did you mean {near[0]}?)" if near else ""))
         else:
-            parts.append(f"{place} = {detail['input']!r}: {detail['msg']}")
+            given = (
+                ""
+                if isinstance(detail["input"], Mapping) and detail["type"] == "value_error"
+                else f" = {detail['input']!r}"
+            )
+            parts.append(f"{place}{given}: {detail['msg'].removeprefix('Value error, ')}")
     return "; ".join(parts)

@@ -1,6 +1,6 @@
 """The sections of a recipe: every key that a run knows, its default, and what it means. No torch."""
 
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 from pydantic import (
     BaseModel,
@@ -10,14 +10,17 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    field_validator,
     model_validator,
 )
+
+from cavelight.spec.shapes import Role
 
 Recompute = Literal["none", "selective", "full"]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class ModelSection(Section):
@@ -82,7 +85,7 @@ class TrainSection(Section):
     rows_per_microbatch: PositiveInt | None = None  # rows that one core takes at once; the gradient is the same
     ramp_from_rows: PositiveInt | None = None  # rows of the first step, which grow evenly to rows_per_step
     ramp_share: float = Field(default=0.0317, ge=0, le=1)  # within this share of the run
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**63)
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of weights and activations; masters are always float32
     fp8: bool = False  # matrix products of E4M3 tiles and blocks (V3 report, section 3.3); emulated where need be
@@ -132,3 +135,13 @@ class TrainSection(Section):
         if abs(total - 1) > 1e-6:
             raise ValueError(f"the schedule's shares add up to {total:.6g}, not to 1")
         return self
+
+    @field_validator("init_stds")
+    @classmethod
+    def _check_roles(cls, stds: dict[str, float]) -> dict[str, float]:
+        drawn = set(get_args(Role)) - {"norm", "routing_bias"}
+        if unknown := sorted(set(stds) - drawn):
+            raise ValueError(
+                f"no weights of the role {', '.join(unknown)} are drawn; roles are {', '.join(sorted(drawn))}"
+            )
+        return stds

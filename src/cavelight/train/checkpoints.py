@@ -5,6 +5,7 @@ A save is a folder step-00000500 with safetensors files, state.json for what is 
 
 import json
 import os
+import re
 import shutil
 import sys
 import threading
@@ -24,6 +25,7 @@ from cavelight.weights.headers import read_header
 
 VALUES, CHECKSUMS = "state.json", "checksums.json"
 PIECE = 1 << 20  # bytes read at a time
+HALF_DONE = re.compile(r"\.(.+)\.\d+\.(part|old)")  # the names that cavelight.disk gives, and `prune`
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,8 @@ def folder_of(saves: Path, step: int) -> Path:
 
 def saved_steps(saves: Path) -> list[int]:
     """The steps of all saves in the folder, in order."""
-    return sorted(int(folder.name.removeprefix("step-")) for folder in saves.glob("step-*"))
+    names = (re.fullmatch(r"step-(\d+)", folder.name) for folder in saves.glob("step-*"))
+    return sorted(int(name[1]) for name in names if name)
 
 
 def write_save(saves: Path, snapshot: Snapshot) -> None:
@@ -64,6 +67,8 @@ def read_save(folder: Path) -> Snapshot:
     """Raises DamagedError if a file is missing or differs from what was written in as much as a bit."""
     try:
         checksums = json.loads((folder / CHECKSUMS).read_bytes())
+        if VALUES not in checksums:
+            raise DamagedError(f"{CHECKSUMS} is empty")
         for name, checksum in checksums.items():
             if (found := _checksum(folder / name)) != checksum:
                 raise DamagedError(f"{name} has the checksum {found:08x}, not {checksum:08x}")
@@ -103,24 +108,25 @@ def prune(saves: Path, step: int, keep: int, keep_every: int | None) -> None:
     stays = {*until[-keep:], *(other for other in until if keep_every and other % keep_every == 0)}
     for other in set(steps) - stays:
         folder = folder_of(saves, other)
-        gone = folder.with_name(f".{folder.name}.part")  # a kill while it is being emptied leaves nothing to be read
+        gone = folder.with_name(
+            f".{folder.name}.{os.getpid()}.part"
+        )  # a kill while it is being emptied leaves nothing to be read
         os.replace(folder, gone)
         shutil.rmtree(gone)
 
 
 def sweep(folder: Path) -> None:
-    """Remove what a killed process left half-written in a folder that nobody else writes to."""
-    for rest in folder.glob(".*.part"):
-        if rest.is_dir():
+    """Remove what a killed process left half-written; anybody else's files stay, whatever ends in .part or .old."""
+    for rest in list(folder.glob(".*")):
+        name = HALF_DONE.fullmatch(rest.name)
+        if not name:
+            continue
+        if name[2] == "old" and not (folder / name[1]).exists():
+            os.replace(rest, folder / name[1])  # folder_beside had moved it away for a new one, which did not come
+        elif rest.is_dir():
             shutil.rmtree(rest)
         else:
             rest.unlink()
-    for old in folder.glob(".*.old"):  # what folder_beside had moved away for the new one
-        path = folder / old.name.removeprefix(".").removesuffix(".old").rpartition(".")[0]
-        if path.exists():
-            shutil.rmtree(old)
-        else:
-            os.replace(old, path)
 
 
 class Saver:

@@ -32,11 +32,11 @@ from cavelight.train.optim import Optimizer, initialise, pick_dtype
 from cavelight.train.prefetch import Prefetch
 from cavelight.train.prepare import Prepared, prepare
 from cavelight.train.provenance import machine
-from cavelight.train.samples import Sampler
 from cavelight.train.recompute import recompute
+from cavelight.train.samples import Sampler
 from cavelight.train.saves import Saves
 from cavelight.train.sessions import note_session
-from cavelight.train.state import Progress, RunFolder, check_resumable, put_back, take
+from cavelight.train.state import Progress, RunFolder, check_resumable, check_same_data, fingerprint, put_back, take
 from cavelight.train.step import StepResult, train_step
 from cavelight.train.workers import Workers
 from cavelight.weights.files import abbreviated
@@ -102,7 +102,11 @@ class _Run:
         recompute(self.model, recipe.train.recompute)
         self.optimizer = Optimizer(self.model, recipe.train)
         self.ema = Ema(self.model, recipe.train.ema_decay) if recipe.train.ema_decay else None
-        self.progress = put_back(saved, self.model, self.optimizer, self.ema) if saved else Progress()
+        if saved:
+            self.progress = put_back(saved, self.model, self.optimizer, self.ema)
+            check_same_data(self.progress, self.data)
+        else:
+            self.progress = Progress(data=fingerprint(self.data))
         folder.write_recipe(recipe)
         log = MetricsLog(folder.metrics, self.progress.log)
         board = partial(Board, folder.tensorboard) if recipe.train.tensorboard else None

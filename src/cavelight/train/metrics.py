@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import time
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import torch
 
 from cavelight.disk import clear_disk_errors
 from cavelight.errors import UserError
-from cavelight.spec.events import Evaluated, Event, Sampled, Step
+from cavelight.spec.events import Evaluated, Event, Note, Sampled, Step
 
 # What a step's line says of the clock. All else is the same whenever and however often a run was stopped.
 OF_THE_CLOCK = frozenset({"seconds", "seconds_left", "tokens_per_second", "peak_share"})
@@ -43,8 +44,8 @@ class MetricsLog:
         return self._written + len(self._waiting)
 
     def write(self, kind: str, values: dict[str, Any]) -> None:
-        """Add a line."""
-        self._waiting += (json.dumps({"kind": kind, **values}) + "\n").encode()
+        """Add a line. JSON knows no numbers that are not finite: they become null."""
+        self._waiting += (json.dumps({"kind": kind, **_finite(values)}, allow_nan=False) + "\n").encode()
         self._write_waiting()
 
     def flush(self) -> None:
@@ -77,6 +78,17 @@ class MetricsLog:
             self._waiting = os.pread(self._file, self._written - whole, whole) + self._waiting
             os.truncate(self._file, whole)
             self._written = whole
+
+
+def _finite(value: Any) -> Any:
+    match value:
+        case float():
+            return value if math.isfinite(value) else None
+        case dict():
+            return {key: _finite(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_finite(item) for item in value]
+    return value
 
 
 def board_writer() -> Any:
@@ -140,21 +152,18 @@ class Record:
 
     def step(self, event: Step, **more: Any) -> None:
         self.log.write("step", asdict(event) | more)
-        if self._board:
-            self._board.step(event)
+        self._show(lambda board: board.step(event))
         self.on_event(event)
 
     def evaluated(self, event: Evaluated, average: float | None) -> None:
         """`average`: the same of the weights' moving average, where there is one."""
         self.log.write("evaluated", asdict(event) | ({} if average is None else {"average_bits_per_byte": average}))
-        if self._board:
-            self._board.evaluated(event, average)
+        self._show(lambda board: board.evaluated(event, average))
         self.on_event(event)
 
     def sampled(self, event: Sampled) -> None:
         self.log.write("sampled", asdict(event))
-        if self._board:
-            self._board.sampled(event)
+        self._show(lambda board: board.sampled(event))
         self.on_event(event)
 
     def spike(self, line: dict[str, Any]) -> None:
@@ -168,14 +177,24 @@ class Record:
         self.log.cut(size)
         for line in again:
             self.spike(line)
+        self._show(Board.close)
         if self._board and self._new_board:
-            self._board.close()
             self._board = self._new_board(step)
 
     def close(self) -> None:
         self.log.close()
-        if self._board:
-            self._board.close()
+        self._show(Board.close)
+
+    def _show(self, show: Callable[[Board], None]) -> None:
+        if self._board is None:
+            return
+        try:
+            show(self._board)
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            self._board = None  # its writer is of no more use after an error
+            self.on_event(Note("The disk is full: TensorBoard hears no more until the run is continued; the log does"))
 
 
 def matmul_peak(dtype: torch.dtype, size: int = 1024, seconds: float = 0.2) -> float:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cavelight.data import needles
-from cavelight.data.corpus import Corpus, Documents, read_corpus
+from cavelight.data.corpus import Corpus, Documents, file_identity, read_corpus, warn_once
 from cavelight.data.encode import Manner
 from cavelight.data.mixture import Mixture
 from cavelight.data.store import TokenStore
@@ -66,7 +66,23 @@ def read_corpora(data: DataSection) -> dict[str, Corpus]:
         spec = str(needles.corpus(cache_folder(), data.row_length)) if source.corpus == needles.NAME else source.corpus
         corpus = read_corpus(spec, data.held_out_every, source.text_key)
         corpora[source.corpus if source.corpus not in corpora else f"{source.corpus} ({number})"] = corpus
+    _warn_of_overlaps(corpora)
     return corpora
+
+
+def _warn_of_overlaps(corpora: dict[str, Corpus]) -> None:
+    """Say aloud where two sources have a file, but not under one name, as one kind and by one rule."""
+    met: dict[tuple[int, int], tuple[str, object]] = {}
+    for name, corpus in corpora.items():
+        for source in corpus.train.sources:
+            division = (source.name, source.kind, source.cut, corpus.train.rule)
+            other, others = met.setdefault(file_identity(source.path), (name, division))
+            if division != others:
+                warn_once(
+                    f"{source.path} is in two sources, {other} and {name}, which hold out different parts of it: what "
+                    "one holds out, the other learns from."
+                )
+                break
 
 
 def held_out(
@@ -103,7 +119,7 @@ def _tokenizer(recipe: Recipe, corpora: list[tuple[Corpus, float]], on_event: Ca
         on_event(Note(f"Training a tokenizer of {size} tokens"))
         total = sum(weight for _, weight in corpora)
         texts = (
-            text for corpus, weight in corpora for text in _sample(corpus.train, round(SAMPLE_BYTES * weight / total))
+            text for corpus, weight in corpora for text in _sample(corpus.train, round(SAMPLE_BYTES * (weight / total)))
         )
         tokenizer = train_tokenizer(texts, size)
         with folder_beside(folder) as scratch:

@@ -65,9 +65,8 @@ def _remade(work: Callable[Given, Made], kept: tuple[nn.Module, ...] = ()) -> Ca
         if not torch.is_grad_enabled():
             return work(*given, **named)
         # Nothing in the model is drawn by chance, so no random state has to be kept.
-        made: Made = checkpoint(
-            work, *given, use_reentrant=False, preserve_rng_state=False, context_fn=contexts, **named
-        )
+        bound = partial(work, *given, **named)
+        made: Made = checkpoint(bound, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
         return made
 
     return remade
@@ -75,4 +74,4 @@ def _remade(work: Callable[Given, Made], kept: tuple[nn.Module, ...] = ()) -> Ca
 
 def _is_one_of(factor: torch.Tensor, modules: tuple[nn.Module, ...]) -> bool:
     """Whether a factor of a product is one of these modules' weights, of which torch hands over a view."""
-    return any(factor.data_ptr() == module.weight.data_ptr() for module in modules)  # type: ignore[union-attr]
+    return any(factor.data_ptr() == module.get_parameter("weight").data_ptr() for module in modules)

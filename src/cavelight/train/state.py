@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from cavelight.train.balance import routers
 from cavelight.train.checkpoints import Snapshot, saved_steps, sweep
 from cavelight.train.ema import Ema
 from cavelight.train.optim import Optimizer
+from cavelight.train.prepare import Prepared
 from cavelight.train.spikes import SpikeWatch
 
 
@@ -97,7 +99,8 @@ class RunFolder:
 class Progress:
     """How far a run has come.
 
-    `rows` is the place in the data, the number of the next row; `tokens` counts those that were learnt from or left
+    `data` tells the training text and its tokenizer from any others (`fingerprint`). `rows` is the place in the data,
+    the number of the next row; `tokens` counts those that were learnt from or left
     out as a spike. `seconds` is time spent in the loop, over all its sessions. `log` is the log's length in bytes.
     """
 
@@ -106,6 +109,7 @@ class Progress:
     tokens: int = 0
     seconds: float = 0.0
     log: int = 0
+    data: str = ""
     spikes: SpikeWatch = field(default_factory=SpikeWatch)
 
     def add(self, rows: int, tokens: int, seconds: float) -> None:
@@ -153,6 +157,25 @@ def plain_model(snapshot: Snapshot, file: str, like: Transformer) -> Transformer
     values = {name: tensor.to(dtypes[name]) for name, tensor in tensors.items()}
     plain.load_state_dict(values, assign=True)
     return plain
+
+
+def fingerprint(data: Prepared) -> str:
+    """Of the tokenizer, and of the lengths of all documents to be learnt from, in bytes and in tokens."""
+    made_of = sha256(data.tokenizer.fingerprint.encode())
+    for store in data.train.stores:
+        made_of.update(store.bytes_M.data)
+        made_of.update(store.starts_M1.data)
+    return made_of.hexdigest()
+
+
+def check_same_data(before: Progress, data: Prepared) -> None:
+    """Raise UserError if the text has changed since: row numbers, and perhaps token ids, would mean something else."""
+    if before.data not in ("", fingerprint(data)):  # an early save does not say
+        raise UserError(
+            "The text is not the one that the run began with",
+            got="a corpus, or a tokenizer trained on it, that has changed since the last save",
+            do="put it back as it was; or start a new run with these weights (model.weights) and their data.tokenizer",
+        )
 
 
 def check_resumable(before: Recipe, now: Recipe) -> None:
