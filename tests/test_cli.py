@@ -83,10 +83,19 @@ def test_plan_reads_a_folder(tmp_path: Path) -> None:
         (["train", "demo", "--resume", "somewhere"], "Name either a recipe or a run to go on with."),
         (["train", "no-such-recipe"], "There is no such recipe."),
         (["train", "demo", "--set", "train.stepps=3"], "The recipe has mistakes."),
-        (["train", "demo", "--set", "train.minutes=inf"], "train.minutes = inf: Input should be a finite number"),
-        (["train", "demo", "--set", "train.seed=1180591620717411303424"], "train.seed = 1180591620717411303424"),
-        (["train", "demo", "--set", "train.init_stds={norm = 1.0}"], "no weights of the role norm are drawn"),
-        (["train", "demo", "--set", "train.schedule=[{share = 0.5, to = 1.0}]"], "Got: train: the schedule's shares"),
+        (
+            ["train", "demo", "--set", "train.minutes=inf"],
+            "The recipe has mistakes. Got: train.minutes = inf: Input should be a",
+        ),
+        (
+            ["train", "demo", "--set", "train.seed=1180591620717411303424"],
+            "The recipe has mistakes. Got: train.seed = 1180591620717411303424",
+        ),
+        (["train", "demo", "--set", "train.init_stds={norm = 1.0}"], "The recipe has mistakes. Got: train.init_stds"),
+        (
+            ["train", "demo", "--set", "train.schedule=[{share = 0.5, to = 1.0}]"],
+            "The recipe has mistakes. Got: train: the schedule's shares",
+        ),
         (["train", "demo", "--set", "steps"], "An override reads section.key=value."),
         (["generate", "no-such-folder", "-p", "x"], "There is no folder no-such-folder."),
         (["generate", "no-such-folder", "-p", "x", "--drafts", "many"], "--drafts is a number or auto."),

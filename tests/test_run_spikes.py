@@ -73,6 +73,15 @@ def test_a_spike_leads_back_past_its_rows_and_a_kill_changes_nothing_of_that(
     assert_same(tmp_path / "whole", tmp_path / "killed")
 
 
+def test_a_second_way_back_to_the_same_save_keeps_what_was_told_of_the_first(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(lambda first: first in (10, 14), monkeypatch)
+    loop.train(changed(recipe, on_spike="back"), tmp_path / "run")
+    spikes = [line for line in lines(tmp_path / "run") if line["kind"] == "spike"]
+    assert [(line["step"], line["back_to"], line["first_row"]) for line in spikes] == [(3, 2, 8), (3, 2, 12)]
+
+
 def test_spikes_without_end_end_the_run_instead(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

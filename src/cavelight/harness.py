@@ -44,10 +44,8 @@ MAX_NEW_TOKENS = 256  # lm-eval's, for tasks that do not say
 BOOTSTRAPS = 1000  # resamplings for the error of what is no mean
 SEED = 1234  # lm-eval's, of the choice of worked examples
 # What lm-eval and datasets raise about a task's file or its data; their own text says more than the kind.
-REFUSALS = (
-    *(OSError, ValueError, RuntimeError, ImportError, TypeError),
-    *(datasets.exceptions.DatasetsError, jinja2.TemplateError),
-)
+_BUILT_IN = (OSError, ValueError, RuntimeError, ImportError, TypeError)
+REFUSALS = (*_BUILT_IN, datasets.exceptions.DatasetsError, jinja2.TemplateError)
 
 Answer = tuple[float, bool]  # sum of log p in nats; whether greedy decoding would have said the same
 
@@ -175,11 +173,7 @@ class CavelightLM(TemplateLM):
             context, settings = request.args
             stop, limit, sampling = generation_of(settings)
             if limit >= self.max_length:
-                raise UserError(
-                    "A task asks for texts longer than the model's context",
-                    got=f"{limit} tokens, of {self.max_length}",
-                    do="leave the task out, or use a model with a longer context",
-                )
+                raise _too_long("A text that a task asks for is", limit, self.max_length)
             ids = self.tok_encode(context)[limit - self.max_length :]
             decoder = StreamDecoder(self._tokenizer)
             stream = generate_text(
@@ -248,11 +242,7 @@ def forks_of(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], max_length: i
     for number, (context, continuation) in enumerate(pairs):
         room = max_length + 1 - len(continuation)  # its last token is predicted, not read
         if room < 1:
-            raise UserError(
-                "A continuation is longer than the model's context",
-                got=f"{len(continuation)} tokens, of {max_length}",
-                do="leave the task out, or use a model with a longer context",
-            )
+            raise _too_long("A continuation is", len(continuation), max_length)
         by_context.setdefault(tuple(context[-room:]), []).append(number)
     return [
         Fork(context, tuple(tuple(pairs[number][1]) for number in numbers), tuple(numbers))
@@ -260,8 +250,16 @@ def forks_of(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], max_length: i
     ]
 
 
+def _too_long(what: str, tokens: int, max_length: int) -> UserError:
+    return UserError(
+        f"{what} longer than the model's context",
+        got=f"{tokens} tokens, of {max_length}",
+        do="leave the task out, or use a model with a longer context",
+    )
+
+
 def batches_of(forks: Iterable[Fork]) -> Iterator[list[Fork]]:
-    """In order, about TOKENS_AT_ONCE tokens each; a fork with more beside its context is parted, which is read again."""
+    """In order, about TOKENS_AT_ONCE tokens each; a fork with more beside its context is parted, and that read again."""
     batch: list[Fork] = []
     size = 0
     for fork in chain.from_iterable(map(_parts, forks)):

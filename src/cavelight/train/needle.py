@@ -1,0 +1,185 @@
+"""Needles in a haystack: facts hidden at all depths of long text, and whether a model finds them.
+
+Letters: T tokens, D hidden size.
+
+A haystack goes through the model once and leaves its latent rows in the cache; each question then stands right behind
+it, where the one before stood, since a cache row is addressed by its position. So many needles share one haystack.
+That makes it harder for the model, not easier: each distracts from the others.
+"""
+
+import time
+from bisect import bisect
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from random import Random
+
+import torch
+
+from cavelight.data.needles import NAMES, Fact, facts, without_facts
+from cavelight.data.tokenizer import Tokenizer
+from cavelight.errors import UserError
+from cavelight.model.transformer import Transformer
+from cavelight.run.cache import LatentCache
+from cavelight.run.generate import begin
+from cavelight.spec.events import Event, Phase
+from cavelight.train.passage import hidden_of
+
+NEEDLE_SHARE = 1 / 8  # of a haystack's tokens that needles take at most
+MOST_TOGETHER = 10  # needles of one depth in one haystack
+
+
+@dataclass(frozen=True)
+class Found:
+    """Needles of one length: how many were found of how many asked for in each depth, from the beginning on.
+
+    `seconds` is the time that all haystacks of this length took, `cache_bytes` what the latent cache of one holds.
+    """
+
+    length: int
+    found: tuple[int, ...]
+    asked: tuple[int, ...]
+    haystacks: int
+    seconds: float
+    cache_bytes: int
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        return tuple(found / asked for found, asked in zip(self.found, self.asked, strict=True))
+
+
+def find_needles(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    text: str,
+    lengths: Sequence[int],
+    *,
+    depths: int = 10,
+    trials: int = 10,
+    seed: int = 0,
+    on_event: Callable[[Event], None] = lambda event: None,
+) -> list[Found]:
+    """Hide facts in `text` and ask for them: for each length in tokens, question and answer included, `trials` needles
+    in each of `depths` equal parts of the haystack.
+
+    The text is used as a ring, from a random place on. A needle stands at a random place of its part, where a line
+    begins; it is found if the greedy continuation of its question is its answer. Raises UserError for a length that
+    the model does not reach, or that cannot hold a needle in each depth.
+    """
+    _check_reach(model, max(lengths))
+    hay = tokenizer.encode(without_facts(text))
+    return [
+        _find(model, tokenizer, hay, length, depths, trials, Random(f"{seed} {length}"), on_event) for length in lengths
+    ]
+
+
+def _find(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    hay: Sequence[int],
+    length: int,
+    depths: int,
+    trials: int,
+    source: Random,
+    on_event: Callable[[Event], None],
+) -> Found:
+    """All haystacks of one length."""
+    together, began = _together(tokenizer, length, depths), time.monotonic()
+    found, asked = [0] * depths, [0] * depths
+    cache = LatentCache(model.config, length, model.lm_head.weight.dtype)
+    starts = range(0, trials, together)
+    for number, done in enumerate(starts):
+        on_event(Phase(f"haystacks of {length:,} tokens", number, len(starts), "haystacks"))
+        each = min(together, trials - done)
+        hidden = facts(source, each * depths)
+        tokens = haystack(tokenizer, hay, hidden, depths, length, source, begin(model.config))
+        deque(hidden_of(model, cache, tokens), maxlen=0)
+        for place, fact in enumerate(hidden):
+            found[place // each] += answers(model, tokenizer, cache, len(tokens), fact)
+            asked[place // each] += 1
+    on_event(Phase(f"haystacks of {length:,} tokens", len(starts), len(starts), "haystacks"))
+    return Found(length, tuple(found), tuple(asked), len(starts), time.monotonic() - began, cache.bytes())
+
+
+def haystack(
+    tokenizer: Tokenizer,
+    hay: Sequence[int],
+    hidden: Sequence[Fact],
+    depths: int,
+    length: int,
+    source: Random,
+    start: Sequence[int] = (),
+) -> list[int]:
+    """Tokens of whole lines with the facts among them, the first ones in the first of `depths` parts and so on.
+
+    `start` comes first; behind, question and answer of any of the facts still fit into `length`.
+    """
+    needles = [tokenizer.encode(fact.line) for fact in hidden]
+    room = length - len(start) - sum(map(len, needles)) - max(_room_to_answer(tokenizer, fact) for fact in hidden)
+    offset = int(source.random() * len(hay))
+    text = [hay[(offset + i) % len(hay)] for i in range(room)]
+    borders = _borders(tokenizer, text)
+    per_depth = len(hidden) // depths
+    wanted = [(number // per_depth + source.random()) / depths * borders[-1] for number in range(len(hidden))]
+    places = [borders[bisect(borders, place) - 1] for place in wanted]
+    tokens, done = list(start), 0
+    for border, needle in sorted(zip(places, needles, strict=True)):
+        tokens += [*text[done:border], *needle]
+        done = border
+    return tokens + text[done : borders[-1]]
+
+
+@torch.inference_mode()
+def answers(model: Transformer, tokenizer: Tokenizer, cache: LatentCache, start: int, fact: Fact) -> bool:
+    """Whether the greedy continuation of the question, asked at position `start`, is the fact's answer."""
+    tokens, new = tokenizer.encode(fact.question), list[int]()
+    for _ in range(_answer_tokens(tokenizer, fact)):
+        (piece,) = hidden_of(model, cache, tokens, start)
+        start += len(tokens)
+        tokens = [int(model.head(piece[1][-1:]).argmax())]
+        new += tokens
+        text = tokenizer.decode(new)
+        if len(text) > len(fact.answer):
+            return text.startswith(fact.answer) and not text[len(fact.answer)].isalnum()
+        if not fact.answer.startswith(text.rstrip("\ufffd")):  # the beginning of a character may be there
+            return False
+    return True
+
+
+def _check_reach(model: Transformer, length: int) -> None:
+    reach = model.config.max_position_embeddings
+    if length > reach:
+        raise UserError(
+            "The model does not reach so far",
+            got=f"{length:,} tokens",
+            why=f"its max_position_embeddings is {reach:,}",
+            do=f"extend it first (cavelight extend), or ask for at most {reach}",
+        )
+
+
+def _together(tokenizer: Tokenizer, length: int, depths: int) -> int:
+    """Needles of one depth in one haystack."""
+    needle = max(len(tokenizer.encode(fact.line)) for fact in facts(Random(0), 32))
+    together = min(int(length * NEEDLE_SHARE) // (needle * depths), len(NAMES) // depths, MOST_TOGETHER)
+    if together < 1:
+        raise UserError(
+            "The haystack is too short for its needles",
+            got=f"{length} tokens for {depths} needles of {needle}",
+            do="ask for longer ones, or for fewer depths",
+        )
+    return together
+
+
+def _answer_tokens(tokenizer: Tokenizer, fact: Fact) -> int:
+    """New tokens after which an answer is surely told, and whether it ends there."""
+    return len(tokenizer.encode(fact.answer)) + 1
+
+
+def _room_to_answer(tokenizer: Tokenizer, fact: Fact) -> int:
+    return len(tokenizer.encode(fact.question)) + _answer_tokens(tokenizer, fact)
+
+
+def _borders(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[int]:
+    """Places between whole lines: the beginning, and after each line's end."""
+    ends = {token for token in set(tokens) if tokenizer.decode([token]).endswith("\n")}
+    return [0, *(place + 1 for place, token in enumerate(tokens) if token in ends)]
