@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cavelight.data.batches import Batch
-from cavelight.kernels import attend, experts
+from cavelight.kernels import attend, cross_entropy, experts
 from cavelight.model.transformer import Transformer
 from cavelight.plan import here, passes
 from cavelight.plan.activations import kept_bytes, layer_tensors, remade_bytes
@@ -207,6 +207,10 @@ def test_the_walk_is_highest_before_or_after_what_it_keeps() -> None:
 def test_numbers_of_other_files_are_theirs() -> None:
     assert (here.EVALUATED_AT_ONCE, passes.LOGITS_AT_ONCE) == (evaluate.TOKENS_AT_ONCE, evaluate.LOGITS_AT_ONCE)
     assert (here.CHUNK, here.ROOM) == (generate.CHUNK, generate.ROOM)
+    assert (cross_entropy.LOGITS_AT_ONCE, cross_entropy.FEWEST_TOKENS) == (
+        passes.LOGITS_IN_TRAINING,
+        passes.FEWEST_TOKENS,
+    )
     multiples = [experts._row_multiple(torch.empty(rows, 1, dtype=torch.bfloat16)) for rows in (63, 64)]
     assert multiples == [1, passes.PADDED_ROWS]
 

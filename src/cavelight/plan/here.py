@@ -55,6 +55,7 @@ def training_here(
         "weights": b * elements,
         "masters": 4 * elements if b == 2 else 0,
         "optimizer": 8 * elements,
+        "save under way": 12 * elements,  # a copy of masters and moments, written while training goes on
         "activations and gradients": churn,
         "holes": round(HOLES * side * 4 * elements),
         "runtime": runtime,

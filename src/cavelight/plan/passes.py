@@ -18,6 +18,8 @@ from cavelight.spec.shapes import parameters
 
 Dtype = Literal["float32", "bfloat16"]
 
+TOKEN_ID = 8  # bytes
+LOGITS_IN_TRAINING, FEWEST_TOKENS = 1 << 22, 64  # kernels.cross_entropy: numbers at once, for so many tokens at least
 LOGITS_AT_ONCE = 512  # train.evaluate: tokens of the head; this and the next number are theirs, tests hold them equal
 PADDED_ROWS = (
     64  # kernels.experts: in bfloat16, from so many tokens on, an expert's rows are padded to a multiple of it
@@ -71,7 +73,7 @@ def sections(config: ModelConfig, rows: int, row: int, dtype: Dtype) -> list[Sec
         return through.attention(gradients(f"{at}.self_attn")), through.ffn(number, gradients(f"{at}.mlp"), routed)
 
     head, embedding = gradients("lm_head"), gradients("model.embed")
-    made = [Section(through.rotary(), 0, 0, embedding)]
+    made = [Section(TOKEN_ID * through.T, 0, 0, embedding)]
     for n in range(config.num_hidden_layers):
         made += layer(n, f"model.layers.{n}")
     modules = config.num_nextn_predict_layers
@@ -104,39 +106,39 @@ class Pass:
     T: int
     b: int
 
-    def rotary(self) -> int:
-        """cos and sin of R / 2 angles a token."""
-        return 4 * self.config.qk_rope_head_dim * self.T
-
     def loss(self, gradients: int, again: int) -> Section:
-        """The norm, logits in float32, and their gradient, made with the loss and let go as soon as it is multiplied.
+        """The norm; the gradients of its output and of the head, made with the loss (kernels.cross_entropy).
 
-        The head's gradient comes with its last use, the first on the way back; `again`, those of its other uses.
+        They are scaled on the way back. The head's gradient comes with its last use, the first on the way back;
+        `again`, those of its other uses.
         """
-        logits = 4 * self.config.vocab_size * self.T
-        kept = self._norm(self.config.hidden_size) + logits + 9 * self.T
-        return Section(kept, logits, max(logits - gradients, again), gradients)
+        D, V, b = self.config.hidden_size, self.config.vocab_size, self.b
+        at_once = min(self.T, max(LOGITS_IN_TRAINING // V, FEWEST_TOKENS))
+        logits = (4 + 4 + (2 * b if b == 2 else 0)) * V * at_once  # and their softmax, which becomes the gradient
+        sums = 4 * V * D if b == 2 else 0
+        return Section(self._norm(D) + b * V * D, logits + sums, max(again, gradients) + b * D * self.T, gradients)
 
     def join(self, gradients: int, again: int) -> Section:
         """A prediction module's input: both norms, side by side (V3 report, eq. 21)."""
         D = self.config.hidden_size
         norms = 3 if self.config.mtp_hidden == "post_norm" else 2
-        kept = self.rotary() + norms * self._norm(D, used=False) + 2 * self.b * D * self.T
+        kept = norms * self._norm(D, used=False) + (2 * self.b * D + TOKEN_ID) * self.T
         if self.b == 4:
             kept -= 4 * D * self.T  # the hidden state is kept already, by the norm before the head
         return Section(kept, 2 * self.b * D * self.T, again, gradients)
 
     def _norm(self, width: int, used: bool = True) -> int:
-        """Its input in float32, 1 / rms, the normalised values, and its output where a product follows."""
-        return (4 * width + 4 + self.b * width * (1 + used)) * self.T
+        """Its input in float32, 1 / rms, and its output where a product follows; in bfloat16 normalised values too."""
+        return (4 * width + 4 + self.b * width * (used + (self.b == 2))) * self.T
 
     def attention(self, gradients: int) -> Section:
         """Norm, latents, expanded keys and values, and the heads' output (kernels.attend.expanded)."""
         c, b = self.config, self.b
         H, N, R, U = c.num_attention_heads, c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim
         C, D, W = c.kv_lora_rank, c.hidden_size, max(N + R, U)
-        latents = b * (C + R) + (4 * R if b == 4 else 0)  # in float32 its norm keeps the whole row it is a part of
-        heads = 4 * b * H * W + (b * H * U if U < W else 0) + 4 * H  # queries, keys, values, output, logsumexp
+        latents = b * (C + R) + 8 * R  # in float32 the norm keeps the whole row it is a part of; two rotations
+        # Queries, keys, values, output, logsumexp: kernels.causal, or torch's own kernel with all of one width.
+        heads = b * H * ((2 * W + 2 * U) if b == 4 else 4 * W + (U if U < W else 0)) + 4 * H
         kept = self._norm(D) + self._norm(C, used=False) + (latents + heads) * self.T
         kept += self._norm(c.q_lora_rank) if c.q_lora_rank else 0
         return Section(kept, 3 * b * H * W * self.T, b * (D + 6 * H * W) * self.T, gradients)
@@ -150,7 +152,7 @@ class Pass:
             return Section(self._norm(D) + 4 * wide, b * D * T, b * D * T + 3 * wide, gradients)
         P = self.expert_rows()
         router = (8 * E + 16 * K + 16) * T + (4 * D * (T + E) if b == 2 else 0)  # the bfloat16 gate's float32 copies
-        kept = self._norm(D) + router + b * (P * (D + 2 * F) + K * D * T) + 8 * (P + K * T)
+        kept = self._norm(D) + router + b * P * 2 * F + 8 * (P + K * T)
         kept += 4 * b * (c.n_shared_experts or 0) * F * T
         gathered = b * (2 * P * D + K * T * D + 4 * P * F) - routed * 2 // 3  # with one of three gradients made
         finished = b * (2 * P * D + T * D + 4 * P * F)
