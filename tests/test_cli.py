@@ -139,3 +139,19 @@ def test_the_package_offers_what_it_lists() -> None:
         assert getattr(cavelight, name)
     with pytest.raises(AttributeError, match="no attribute 'lode'"):
         _ = cavelight.lode
+
+
+def test_a_recipe_says_where_its_text_lies_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cavelight.spec.recipe import Recipe
+
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "stdlib").write_text("a file of that name", encoding="utf-8")
+    (tmp_path / "here" / "a.txt").write_text("text", encoding="utf-8")
+    monkeypatch.chdir(tmp_path / "here")
+    mixture = [{"corpus": "a.txt"}, {"corpus": "*.txt"}, {"corpus": "stdlib"}, {"corpus": "nowhere.txt"}]
+    recipe = Recipe.build({"data": {"corpus": mixture, "row_length": 64}, "train": {"steps": 1}})
+    here = str(tmp_path / "here")
+    names = [f"{here}/a.txt", f"{here}/*.txt", "stdlib", "nowhere.txt"]
+    assert [source.corpus for source in recipe.data.sources] == names
+    monkeypatch.chdir(tmp_path)
+    assert Recipe.build(recipe.model_dump()) == recipe

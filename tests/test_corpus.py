@@ -2,6 +2,7 @@
 
 import json
 import lzma
+import os
 import sysconfig
 from pathlib import Path
 
@@ -139,8 +140,12 @@ def test_the_fingerprint_follows_the_files(tmp_path: Path) -> None:
     before = read_corpus(str(tmp_path))
     assert read_corpus(str(tmp_path)).fingerprint == before.fingerprint == before.train.fingerprint
     assert read_corpus(str(tmp_path), held_out_every=3).fingerprint != before.fingerprint
+    assert read_corpus(str(tmp_path), text_key="body").fingerprint != before.fingerprint
+    os.utime(tmp_path / "a", ns=(0, 0))
+    later = read_corpus(str(tmp_path)).fingerprint
+    assert later != before.fingerprint
     folder_of(tmp_path, {"b": "22"})
-    assert read_corpus(str(tmp_path)).fingerprint != before.fingerprint
+    assert read_corpus(str(tmp_path)).fingerprint not in (before.fingerprint, later)
 
 
 @pytest.mark.parametrize(

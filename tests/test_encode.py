@@ -42,6 +42,8 @@ def test_fim_tells_the_middle_last_and_all_of_the_text() -> None:
         at, to = ids.index(hole), ids.index(end)
         beginning, ending, middle = (TOKENIZER.decode(part) for part in (ids[2:at], ids[at + 1 : to], ids[to + 1 : -1]))
         assert beginning + middle + ending == document.text
+    middles = sum(ids.index(end) < len(ids) - 2 for ids, _ in cut)
+    assert middles > 0.9 * len(cut)  # empty where both cuts fall on one place
     whole = [(ids, other) for ids, other in zip(found, plain, strict=True) if begin not in ids]
     assert all(ids == other for ids, other in whole) and len(whole) == 600 - len(cut)
     assert all(begin in ids for ids in documents_of(Encoder(TOKENIZER, Manner(0.0, 1.0)), documents))

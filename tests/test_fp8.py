@@ -200,6 +200,11 @@ def test_what_is_not_finite_shows(bad: float, power_of_two: bool) -> None:
     assert dequantise(quantise(x, BLOCK, power_of_two=power_of_two))[:, 128:256].isnan().all()
 
 
+def test_a_scale_that_is_a_power_of_two_stays() -> None:
+    x_MK = torch.tensor([[448.0 * 2.0**-5, 1.0], [449.0 * 2.0**-5, 1.0]])
+    assert fp8.quantise(x_MK, fp8.TILE, power_of_two=True).scales.flatten().tolist() == [2.0**-5, 2.0**-4]
+
+
 def test_nothing_saturates() -> None:
     for size in (1e-30, 1.0, 3e38):
         x = normal(50, 128, seed=3).clamp(-1, 1) * size

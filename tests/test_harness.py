@@ -322,6 +322,10 @@ def test_a_task_from_its_file_to_its_scores(model: Transformer, tokenizer: Token
     assert scores["colours_said", "exact_match"].documents == 3
     (few, _) = harness.evaluate(model, tokenizer, ["colours"], limit=2, include=folder, shots=1)
     assert (few.documents, few.shots) == (2, 1)
+    with open(folder / "colours.yaml", "a", encoding="utf-8") as handle:
+        handle.write("num_fewshot: 0\n")  # insists on none
+    (none, _) = harness.evaluate(model, tokenizer, ["colours"], limit=2, include=folder, shots=1)
+    assert none.shots == 0
 
 
 def test_mistakes_are_the_users(model: Transformer, tokenizer: Tokenizer, folder: Path) -> None:

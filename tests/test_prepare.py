@@ -53,6 +53,8 @@ def test_a_mixture_is_prepared(mixture: dict[str, object]) -> None:
     again, heard = prepared(mixture)
     assert not any(isinstance(event, Phase) for event in heard)  # all of it was kept
     assert again.held.tokens_N.tolist() == data.held.tokens_N.tolist()
+    more, _ = prepared(mixture, "data.held_out_every=3")
+    assert len(more.held) == sum(map(len, more.held_of.values())) > 2 * len(data.held)
 
 
 def test_held_out_text_is_no_other_text(mixture: dict[str, object]) -> None:

@@ -84,15 +84,14 @@ class _Ring:
         """The tokens of window `number` and the one that follows, and the number of each one's document."""
         epoch, place = divmod(number, self.windows)
         start, shuffle = self._epoch(epoch)
-        begin = start + shuffle(place) * self.length
-        turn, begin = divmod(begin, len(self.store))
+        begin = (start + shuffle(place) * self.length) % len(self.store)
         tokens, documents = self._span(begin, min(begin + self.length + 1, len(self.store)))
         if missing := self.length + 1 - len(tokens):
             others, met_again = self._span(0, missing)
             # A document met again on the next turn is another one.
             tokens = np.concatenate([tokens, others])
             documents = np.concatenate([documents, met_again + len(self.store.bytes_M)])
-        return tokens, documents + turn * len(self.store.bytes_M)
+        return tokens, documents
 
     def _span(self, begin: int, end: int) -> tuple[Int64, Int64]:
         tokens = self.store.tokens_N[begin:end].astype(np.int64)

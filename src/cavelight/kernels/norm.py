@@ -33,7 +33,8 @@ class _RMS(torch.autograd.Function):
         norm_T1 = torch.linalg.vector_norm(x_TD, dim=-1, keepdim=True)
         rstd_T1 = norm_T1.square_().div_(x_TD.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x_TD, weight_D, rstd_T1)
-        return (x_TD * rstd_T1).mul_(weight_D)
+        y_TD: Tensor = x_TD * rstd_T1
+        return y_TD.mul_(weight_D)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

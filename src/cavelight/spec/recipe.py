@@ -1,6 +1,8 @@
 """What a training run is made of, as read from a TOML file: no torch, so that a mistake is told in a blink."""
 
 import difflib
+import glob
+import os
 import tomllib
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
@@ -15,6 +17,7 @@ from cavelight.spec.config import ModelConfig
 from cavelight.spec.presets import preset
 from cavelight.spec.sections import DataSection, ModelSection, Section, TrainSection
 
+CORPORA = ("stdlib", "needles")  # that have names of their own
 RECIPES = Path(__file__).parent.parent / "recipes"
 
 
@@ -33,6 +36,7 @@ class Recipe(Section):
         merged: dict[str, Any] = deepcopy(dict(values))
         for override in overrides:
             _apply(merged, override)
+        _make_absolute(merged)
         try:
             recipe = cls.model_validate(merged)
         except ValidationError as error:
@@ -75,6 +79,20 @@ class Recipe(Section):
         weights = self.model.weights
         base = ModelConfig.read(checkpoint_folder(weights)) if weights else preset(self.model.preset)
         return base.replace(**self.model.overrides)
+
+
+def _make_absolute(values: dict[str, Any]) -> None:
+    """Paths as they are seen from here, so that a run goes on wherever it is called from. Names stay names."""
+    data, model = values.get("data"), values.get("model")
+    places = [(data, "corpus"), (data, "tokenizer"), (model, "weights")]
+    corpus = data.get("corpus") if isinstance(data, dict) else None
+    places += [(source, "corpus") for source in corpus] if isinstance(corpus, list | tuple) else []
+    for section, key in places:
+        path = section.get(key) if isinstance(section, dict) else None
+        if not isinstance(section, dict) or not isinstance(path, str) or path in CORPORA:
+            continue
+        if glob.has_magic(path) or Path(path).expanduser().exists():
+            section[key] = os.path.abspath(Path(path).expanduser())
 
 
 def _parse(path: Path) -> dict[str, Any]:

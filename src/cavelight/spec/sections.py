@@ -28,7 +28,7 @@ class ModelSection(Section):
 
     preset: str = "demo"
     overrides: dict[str, Any] = Field(default_factory=dict)
-    weights: str | None = None  # a checkpoint or a run to begin from; its configuration takes the preset's place
+    weights: str | None = None  # a checkpoint or a run to begin from: its configuration and tokenizer come along
 
 
 class SourceSection(Section):
@@ -90,7 +90,6 @@ class TrainSection(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of weights and activations; masters are always float32
     fp8: bool = False  # matrix products of E4M3 tiles and blocks (V3 report, section 3.3); emulated where need be
     recompute: Recompute = "none"  # what the backward pass makes anew instead of keeping
-    compile: bool = False  # torch.compile, which takes a minute or more before the first step
 
     init_std: PositiveFloat = 0.006
     init_stds: dict[str, NonNegativeFloat] = Field(default_factory=dict)  # other deviations, by role of the shape table

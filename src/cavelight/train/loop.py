@@ -133,6 +133,8 @@ class _Run:
         self.flops_per_token = cost.flops_per_token(
             self.data.config, 0, queries=recipe.data.row_length, form="expanded", training=True, mtp=True
         )
+        if recipe.train.steps and recipe.train.steps <= recipe.train.warmup_steps:
+            on_event(Note(f"All {recipe.train.steps:,} steps are warm-up: the learning rate never reaches its peak"))
         kind = str(self.dtype).removeprefix("torch.")
         total = sum(parameter.numel() for parameter in self.model.parameters())
         on_event(Note(f"{total:,} parameters in {kind}; {len(self.data.train):,} training tokens"))
@@ -170,7 +172,7 @@ class _Run:
         self.record.close()
 
     def _prefetch(self) -> Prefetch:
-        return Prefetch(self.batches.rows, self.progress.rows, self.micro_rows, ahead=2 * self.micro_batches)
+        return Prefetch(self.batches.rows, self.progress.rows, self.micro_rows, ahead=self.micro_batches + 2)
 
     def _one_step(self) -> None:
         train, progress, started = self.recipe.train, self.progress, time.monotonic()
@@ -252,7 +254,11 @@ class _Run:
     def _go_back(self) -> int | None:
         """To the newest save, but past all rows that were read since: its step, or None where there is no save."""
         self.saves.settle()
-        saved = self.saves.newest()
+        try:
+            saved = self.saves.newest()
+        except UserError as error:  # a run that is well otherwise
+            self.on_event(Note(f"There is no way back. {error}"))
+            saved = None
         if saved is None:
             return None
         rows, seconds = self.progress.rows, self.progress.seconds

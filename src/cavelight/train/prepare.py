@@ -14,7 +14,7 @@ from cavelight.data.store import TokenStore
 from cavelight.data.tokenising import AS_WRITTEN, joined, tokenize
 from cavelight.data.tokenizer import RECIPE as RECIPE_OF_TOKENIZER
 from cavelight.data.tokenizer import Tokenizer, train_tokenizer
-from cavelight.disk import folder_beside
+from cavelight.disk import checkpoint_folder, folder_beside
 from cavelight.errors import UserError
 from cavelight.spec.config import ModelConfig
 from cavelight.spec.events import Event, Note, Phase
@@ -108,9 +108,10 @@ def cache_folder() -> Path:
 
 
 def _tokenizer(recipe: Recipe, corpora: list[tuple[Corpus, float]], on_event: Callable[[Event], None]) -> Tokenizer:
-    """The one that the recipe names, or a byte-level BPE of the model's size trained on the corpora."""
-    if recipe.data.tokenizer is not None:
-        return Tokenizer.load(recipe.data.tokenizer)
+    """The one that the recipe names, or that of its weights, or a byte-level BPE trained on the corpora."""
+    given = recipe.data.tokenizer or (recipe.model.weights and checkpoint_folder(recipe.model.weights))
+    if given:
+        return Tokenizer.load(given)
     size = recipe.config.vocab_size
     made_of = ([(corpus.fingerprint, weight) for corpus, weight in corpora], SAMPLE_BYTES, size, RECIPE_OF_TOKENIZER)
     key = hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]
