@@ -106,6 +106,13 @@ def test_each_source_goes_through_epochs_of_its_own() -> None:
     assert torch.equal(of_its_epochs, torch.arange(40).expand(25, 40))
 
 
+def test_the_same_store_twice_is_shuffled_twice() -> None:
+    store = store_of([500, 500])
+    batch = Batches(Mixture((store, store)), 10, 0, seed=0, mask_documents=False).rows(0, 100)
+    first, second = batch.tokens_T.view(50, 2, 10).unbind(dim=1)  # one row of each in turn
+    assert not (first == second).all(dim=1).any()
+
+
 def test_rows_are_a_pure_function_of_seed_and_number() -> None:
     mixture = Mixture((store_of([40, 30, 50]),))
 

@@ -259,7 +259,7 @@ def _too_long(what: str, tokens: int, max_length: int) -> UserError:
 
 
 def batches_of(forks: Iterable[Fork]) -> Iterator[list[Fork]]:
-    """In order, about TOKENS_AT_ONCE tokens each; one with more beside its context is parted, which is then read again."""
+    """In order, about TOKENS_AT_ONCE tokens each; one with more beside its context is parted and reads it again."""
     batch: list[Fork] = []
     size = 0
     for fork in chain.from_iterable(map(_parts, forks)):

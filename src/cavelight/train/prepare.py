@@ -75,7 +75,7 @@ def _warn_of_overlaps(corpora: dict[str, Corpus]) -> None:
     met: dict[tuple[int, int], tuple[str, object]] = {}
     for name, corpus in corpora.items():
         for source in corpus.train.sources:
-            division = (source.name, source.kind, source.cut, corpus.train.rule)
+            division = (source.name, source.kind, corpus.train.rule)
             other, others = met.setdefault(file_identity(source.path), (name, division))
             if division != others:
                 warn_once(
