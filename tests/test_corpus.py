@@ -148,6 +148,17 @@ def test_the_fingerprint_follows_the_files(tmp_path: Path) -> None:
     assert read_corpus(str(tmp_path)).fingerprint not in (before.fingerprint, later)
 
 
+def test_the_fingerprint_minds_what_a_file_begins_with(tmp_path: Path) -> None:
+    found = []
+    for text in ("one of the texts", "the other text.."):
+        (tmp_path / "a.txt").write_text(text * 4, encoding="utf-8")
+        (tmp_path / "b.txt").write_text("more", encoding="utf-8")
+        for path in tmp_path.iterdir():
+            os.utime(path, (0, 0))
+        found.append(read_corpus(str(tmp_path)).fingerprint)
+    assert found[0] != found[1]
+
+
 @pytest.mark.parametrize(
     ("files", "spec", "message"),
     [
