@@ -182,7 +182,9 @@ def experiment(
     name: Annotated[str, typer.Argument(metavar="NAME", help="attention, mtp, balance, specialisation, fp8 or shape.")],
     seeds: Annotated[int, typer.Option(metavar="N", help="Runs of each variant, with different seeds.")] = 3,
     changes: Changes = None,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Where table and figure go.")] = Path("docs/results"),
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where table and figure go.")] = Path(
+        "docs/results/experiments"
+    ),
     runs: Annotated[Path, typer.Option(metavar="DIR", help="Where the runs go.")] = Path("runs/experiments"),
     as_json: Json = False,
 ) -> None:

@@ -11,7 +11,7 @@ from cavelight.see.figure import number
 
 
 def write_page(outcome: Outcome, told: Told, figure: Path, page: Path, command: str) -> None:
-    """docs/results/NAME.md; `figure` lies beside it."""
+    """docs/results/experiments/NAME.md; `figure` lies beside it."""
     study, runs = outcome.study, [run for each in outcome.runs.values() for run in each]
     seeds = len(next(iter(outcome.runs.values())))
     first = study.variants[0].recipe
