@@ -3,6 +3,7 @@
 import itertools
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from cavelight.run import generate, settle
 from cavelight.run.cache import LatentCache
 from cavelight.run.generate import TokenStream
 from cavelight.run.sample import Sampling, distribution
-from cavelight.run.speculate import Draft, Drafter, Pick, cost_of_round, judge
+from cavelight.run.speculate import Draft, Drafter, Wish, cost_of_round, judge
 from cavelight.spec.config import ModelConfig
 from cavelight.spec.presets import preset
 
@@ -215,15 +216,16 @@ def test_every_draft_is_what_whole_modules_say(
     model = drafting_model(config, seed=2, surprise=0.25)
     propose, compared = Drafter.propose, []
 
-    def watched(self: Drafter, tokens: Sequence[int], count: int, pick: Pick) -> list[Draft]:
-        seen = []
-        found = propose(self, tokens, count, lambda logits_V, line: seen.append(logits_V) or pick(logits_V, line))
-        if count:
-            expected, line = plain_drafts(model, tokens, count)
-            torch.testing.assert_close(torch.stack(seen[:count]), torch.stack(expected), atol=1e-5, rtol=0)
+    def watched(self: Drafter, wishes: Sequence[Wish]) -> list[list[Draft]]:
+        (wish,), seen = wishes, []
+        watching = replace(wish, pick=lambda logits_V, line: seen.append(logits_V) or wish.pick(logits_V, line))
+        (found,) = propose(self, [watching])
+        if wish.drafts:
+            expected, line = plain_drafts(model, wish.tokens, wish.drafts)
+            torch.testing.assert_close(torch.stack(seen), torch.stack(expected), atol=1e-5, rtol=0)
             assert [draft.token for draft in found] == line
-            compared.append(tuple(tokens))
-        return found
+            compared.append(tuple(wish.tokens))
+        return [found]
 
     monkeypatch.setattr(Drafter, "propose", watched)
     for prompt in ([5], [7, 3], [9, 8, 7, 6, 5, 4, 3, 2, 1]):
@@ -235,7 +237,7 @@ def test_every_draft_is_what_whole_modules_say(
 def assert_rows_are_true(stream: TokenStream) -> None:
     """The rows that each module left, as far as it saw true tokens, are those of one pass over the sequence."""
     model, drafter = stream.model, stream.drafter
-    end, trunk = drafter.seen, model.config.num_hidden_layers
+    end, trunk = stream.chain.seen, model.config.num_hidden_layers
     rows, dispatch = LatentCache(model.config, end, torch.float32), GroupedDispatch()
     tokens = torch.tensor(stream.tokens)
     hidden_TD, _ = model(tokens[:end], torch.arange(end), rows.at(0), dispatch)
@@ -247,7 +249,7 @@ def assert_rows_are_true(stream: TokenStream) -> None:
             k - 1, hidden_TD[:true], tokens[k : true + k], torch.arange(true), rows.at(0), dispatch
         )
         if k < drafter.depth and end >= k:
-            torch.testing.assert_close(drafter.edge[k - 1][0], hidden_TD[end - k], atol=1e-5, rtol=0)
+            torch.testing.assert_close(stream.chain.edge[k - 1][0], hidden_TD[end - k], atol=1e-5, rtol=0)
         layer = trunk + k - 1
         torch.testing.assert_close(stream.cache.rows_MSL[layer, :true], rows.rows_MSL[layer, :true], atol=1e-5, rtol=0)
 

@@ -6,6 +6,7 @@ the trunk has not seen yet; a step runs it through the trunk with the drafts tha
 
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Literal
 
 import torch
@@ -16,9 +17,10 @@ from cavelight.model.ports import Dispatch, GroupedDispatch
 from cavelight.model.router import Routing
 from cavelight.model.transformer import Transformer
 from cavelight.run.cache import LatentCache
-from cavelight.run.sample import Sampling, distribution, draw, scores
+from cavelight.run.choose import Allowed, Chooser
+from cavelight.run.sample import Sampling
 from cavelight.run.settle import Settler, is_close
-from cavelight.run.speculate import Draft, Drafter, cost_of_round, judge
+from cavelight.run.speculate import Chain, Draft, Drafter, Wish, cost_of_round
 from cavelight.run.stats import WINDOW, Stats
 from cavelight.spec.config import ModelConfig
 
@@ -36,7 +38,7 @@ class TokenStream(Iterator[int]):
     drafts: how many tokens to guess ahead with the MTP modules; 0 for none; "auto" for as many as there are modules,
     until it shows that they do not pay. Whatever it is, greedy output is the same token for token (in float32), and
     sampled output has the same distribution.
-    stop_ids: the configuration's end tokens unless given.
+    stop_ids: the configuration's end tokens unless given. allowed: which tokens may follow; see `choose.Allowed`.
     Raises UserError for a prompt that does not fit or is no list of token ids, and if the model produces NaN.
     """
 
@@ -49,46 +51,48 @@ class TokenStream(Iterator[int]):
         sampling: Sampling = GREEDY,
         stop_ids: Collection[int] | None = None,
         drafts: Drafts = "auto",
+        allowed: Allowed | None = None,
         dispatch: Dispatch | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         config, weight = model.config, model.lm_head.weight
         self.model, self.sampling, self.clock = model, sampling, clock
+        self.chooser = Chooser(sampling, allowed)
         self.tokens = checked_prompt(config, prompt_tokens)
-        self.stop_ids = frozenset(end_tokens(config) if stop_ids is None else stop_ids)
+        self.stop_ids: AbstractSet[int] = frozenset(end_tokens(config) if stop_ids is None else stop_ids)
         self.max_new_tokens = max_new_tokens
         self.limit = config.max_position_embeddings
         self.dispatch = dispatch or GroupedDispatch()
-        self.source = sampling.generator()
         capacity = len(self.tokens) + min(max(max_new_tokens, 0), ROOM)
         self.cache = LatentCache(config, capacity, weight.dtype, weight.device)
         self.exact = sampling.greedy and weight.dtype in (torch.float32, torch.float64)
         self.settler: Settler | None = None
         self.stats = Stats(prompt_tokens=len(self.tokens))
         self.may_turn_off = drafts == "auto"
+        self.chain = Chain()
         self.drafter = self._drafter(drafts)
         self.drafts: list[Draft] = []  # those that the next step verifies
         self._drafting_seconds = 0.0  # what it took to make them
         self._steps = 0
-        self._tokens = self._stream()
+        self._tokens: Iterator[int] = self._stream()
 
     def __next__(self) -> int:
         return next(self._tokens)
 
+    def cancel(self, why: str = "cancelled") -> None:
+        """End it; no more tokens come."""
+        self.stats.finish = why
+        self._tokens = iter(())
+
     def _drafter(self, drafts: Drafts) -> Drafter | None:
         modules = self.model.config.num_nextn_predict_layers
-        if drafts != "auto" and drafts < 0:
-            raise UserError("The number of drafts cannot be negative", got=str(drafts))
-        if drafts != "auto" and drafts > 0 and modules == 0:
-            raise UserError(
-                "This model cannot draft", got=f"{drafts} drafts", why="it has no MTP module", do="leave drafts at auto"
-            )
+        checked_drafts(self.model.config, drafts)
         self.stats.drafts = modules if drafts == "auto" else drafts
         if self.stats.drafts == 0:
             self.stats.off = "the model has no MTP module" if modules == 0 else None
             return None
         depth = min(self.stats.drafts, modules)
-        return Drafter(self.model, self.cache, self.dispatch, depth)
+        return Drafter(self.model, lambda pieces: self.cache.at(pieces[0][1]), self.dispatch, depth)
 
     def _stream(self) -> Iterator[int]:
         if self.max_new_tokens <= 0:
@@ -108,9 +112,9 @@ class TokenStream(Iterator[int]):
         for start in range(0, prompt, CHUNK):
             hidden_TD, routings = self._trunk(self.tokens[start : start + CHUNK], start)
             if self.drafter:
-                self.drafter.see(hidden_TD)
+                self.chain.unseen.append(hidden_TD)
                 if start + CHUNK < prompt:  # the modules take the prompt in chunks too
-                    self.drafter.propose(self.tokens, 0, self._pick)
+                    self._propose(self.drafter, 0)
         self._decide(self.model.head(hidden_TD[-1:]), hidden_TD[-1:], routings)
         if self.exact and self.model.config.num_nextn_predict_layers:  # else there is nothing to agree with
             self.settler = Settler(self.model, self.cache, self.dispatch, prompt)
@@ -128,7 +132,7 @@ class TokenStream(Iterator[int]):
         hidden_TD = self._decide(self.model.head(hidden_TD), hidden_TD, routings)
         verified = self.clock()
         if self.drafter:
-            self.drafter.see(hidden_TD)
+            self.chain.unseen.append(hidden_TD)
         if drafts:
             self.stats.add_round(len(drafts), len(self.tokens) - n - 1, verified - started + drafting_seconds)
         else:
@@ -148,26 +152,20 @@ class TokenStream(Iterator[int]):
 
     def _decide(self, logits_TV: Tensor, hidden_TD: Tensor, routings: list[Routing]) -> Tensor:
         """Append the tokens that this step makes certain; the hidden states at the positions they follow."""
-        if self.sampling.greedy:
-            return self._decide_greedily(logits_TV, hidden_TD, routings)
-        for row, logits_V in enumerate(logits_TV):
-            p_V = distribution(logits_V, self.tokens, self.sampling)
-            if row == len(self.drafts):
-                self.tokens.append(draw(p_V, self.source))
-                break
-            self.tokens.append(judge(self.drafts[row], p_V, self.source))
-            if self.tokens[-1] != self.drafts[row].token:
-                break
-        return hidden_TD[: row + 1]
+        if self.settler:
+            return self._settle(self.settler, logits_TV, hidden_TD, routings)
+        new = self.chooser.tokens(logits_TV, self.tokens, self.drafts)
+        self.tokens += new
+        return hidden_TD[: len(new)]
 
-    def _decide_greedily(self, logits_TV: Tensor, hidden_TD: Tensor, routings: list[Routing]) -> Tensor:
-        close_T = self.settler.close_routes(routings, len(logits_TV)) if self.settler else []
+    def _settle(self, settler: Settler, logits_TV: Tensor, hidden_TD: Tensor, routings: list[Routing]) -> Tensor:
+        """The same for greedy choice in float32, where near-ties are settled."""
+        close_T = settler.close_routes(routings, len(logits_TV))
         for row, logits_V in enumerate(logits_TV):
-            scores_V = scores(logits_V, self.tokens, self.sampling)
-            if self.settler and (close_T[row] or is_close(scores_V)):
-                settled_1D = self.settler.settle(self.tokens, len(self.tokens) - 1)
-                settled_V = scores(self.model.head(settled_1D)[0], self.tokens, self.sampling)
-                self.tokens.append(int(settled_V.argmax()))
+            scores_V = self.chooser.scores(logits_V, self.tokens)
+            if close_T[row] or is_close(scores_V):
+                settled_1D = settler.settle(self.tokens, len(self.tokens) - 1)
+                self.tokens += self.chooser.tokens(self.model.head(settled_1D), self.tokens, [])
                 self.stats.settled += 1
                 return torch.cat([hidden_TD[:row], settled_1D])  # what came after it was computed with another row
             self.tokens.append(int(scores_V.argmax()))
@@ -175,25 +173,15 @@ class TokenStream(Iterator[int]):
                 break
         return hidden_TD[: row + 1]
 
-    def _pick(self, logits_V: Tensor, tokens: Sequence[int]) -> Draft:
-        if self.sampling.greedy:
-            return Draft(int(scores(logits_V, tokens, self.sampling).argmax()))
-        probs_V = distribution(logits_V, tokens, self.sampling)
-        return Draft(draw(probs_V, self.source), probs_V)
+    def _propose(self, drafter: Drafter, drafts: int) -> list[Draft]:
+        return drafter.propose([Wish(self.chain, self.tokens, drafts, self.chooser.guess)])[0]
 
     def _finish(self, start: int) -> list[int]:
         """The tokens from `start` on, up to an end; notes what the end is."""
         stats = self.stats
-        room = self.max_new_tokens - stats.new_tokens
-        ends = (i + 1 for i, token in enumerate(self.tokens[start:]) if token in self.stop_ids)
-        stop = next(ends, None)
-        if stop is not None and stop <= room:
-            stats.finish, room = "end token", stop
-        elif len(self.tokens) - start >= room:
-            stats.finish = "limit of new tokens"
-        elif len(self.tokens) > self.limit:
+        ready, stats.finish = cut(self.tokens[start:], self.stop_ids, self.max_new_tokens - stats.new_tokens)
+        if stats.finish is None and len(self.tokens) > self.limit:
             stats.finish = f"context's limit of {self.limit} tokens"
-        ready = self.tokens[start : start + room]
         stats.new_tokens += len(ready)
         return ready
 
@@ -207,7 +195,7 @@ class TokenStream(Iterator[int]):
         room = min(self.max_new_tokens - self.stats.new_tokens - 1, self.limit - len(self.tokens))
         drafts = min(self.stats.drafts, room)
         if self.drafter and drafts > 0 and not timed and not self.stats.finish:
-            self.drafts = self.drafter.propose(self.tokens, drafts, self._pick)
+            self.drafts = self._propose(self.drafter, drafts)
         self._drafting_seconds = self.clock() - started
 
     def _pays(self) -> bool:
@@ -251,6 +239,14 @@ def generate_tokens(
     )
 
 
+def cut(new: Sequence[int], stop_ids: AbstractSet[int], room: int) -> tuple[list[int], str | None]:
+    """Of new tokens those up to an end token or to the limit, and which of the two ended them, if one did."""
+    for i, token in enumerate(new[:room]):
+        if token in stop_ids:
+            return list(new[: i + 1]), "end token"
+    return list(new[:room]), "limit of new tokens" if len(new) >= room else None
+
+
 def begin(config: ModelConfig) -> list[int]:
     """The begin token, in a list, if the model has one."""
     return [] if config.bos_token_id is None else [config.bos_token_id]
@@ -260,6 +256,18 @@ def end_tokens(config: ModelConfig) -> list[int]:
     """The configuration's end tokens: none, one or several."""
     eos = config.eos_token_id
     return [] if eos is None else [eos] if isinstance(eos, int) else eos
+
+
+def checked_drafts(config: ModelConfig, drafts: Drafts) -> None:
+    """Raises UserError if the model cannot make so many drafts."""
+    if drafts == "auto" or drafts == 0:
+        return
+    if drafts < 0:
+        raise UserError("The number of drafts cannot be negative", got=str(drafts))
+    if config.num_nextn_predict_layers == 0:
+        raise UserError(
+            "This model cannot draft", got=f"{drafts} drafts", why="it has no MTP module", do="leave drafts at auto"
+        )
 
 
 def checked_prompt(config: ModelConfig, tokens: Sequence[int]) -> list[int]:

@@ -61,8 +61,8 @@ class Sampling:
         return source
 
 
-def scores(logits_V: Tensor, history: Sequence[int], sampling: Sampling) -> Tensor:
-    """Logits after the repetition penalty, [V] in float64 on the CPU.
+def scores(logits_V: Tensor, history: Sequence[int], sampling: Sampling, allowed_V: Tensor | None = None) -> Tensor:
+    """Logits after the repetition penalty, [V] in float64 on the CPU; minus infinity where `allowed_V` is false.
 
     Tokens in `history` (the whole prompt and output so far) have positive logits divided by the penalty and negative
     ones multiplied, once however often they occur. Raises UserError if the model produced NaN or infinity.
@@ -79,16 +79,22 @@ def scores(logits_V: Tensor, history: Sequence[int], sampling: Sampling) -> Tens
         old = scores_V[seen]
         penalty = sampling.repetition_penalty
         scores_V = scores_V.scatter(0, seen, torch.where(old > 0, old / penalty, old * penalty))
+    if allowed_V is not None:
+        if not allowed_V.any():
+            raise UserError("No token is allowed to follow", why="the mask of allowed tokens rules all of them out")
+        scores_V = scores_V.masked_fill(~allowed_V.to("cpu"), -math.inf)
     return scores_V
 
 
-def distribution(logits_V: Tensor, history: Sequence[int], sampling: Sampling) -> Tensor:
+def distribution(
+    logits_V: Tensor, history: Sequence[int], sampling: Sampling, allowed_V: Tensor | None = None
+) -> Tensor:
     """The probabilities [V] (float64) that the next token is drawn from; at temperature 0 all on one token.
 
-    In this order, each on what the one before left, as transformers does: repetition penalty, temperature, top-k,
-    top-p, min-p.
+    In this order, each on what the one before left, as transformers does: repetition penalty, allowed tokens,
+    temperature, top-k, top-p, min-p.
     """
-    scores_V = scores(logits_V, history, sampling)
+    scores_V = scores(logits_V, history, sampling, allowed_V)
     if sampling.greedy:
         return torch.zeros_like(scores_V).index_fill_(0, scores_V.argmax(), 1.0)
     scores_V = (scores_V - scores_V.max()) / sampling.temperature  # the likeliest is at 0 from here on
@@ -97,7 +103,8 @@ def distribution(logits_V: Tensor, history: Sequence[int], sampling: Sampling) -
         kth = scores_V.topk(sampling.top_k).values[-1]
         scores_V = scores_V.masked_fill(scores_V < kth, out)
     if sampling.top_p < 1:
-        sorted_V, ids_V = scores_V.softmax(dim=0).sort(descending=True, stable=True)
+        sorted_V, ids_V = scores_V.sort(descending=True, stable=True)  # of scores: probabilities may round to the same
+        sorted_V = sorted_V.softmax(dim=0)
         before_V = sorted_V.cumsum(dim=0) - sorted_V
         scores_V = scores_V.index_fill(0, ids_V[before_V >= sampling.top_p], out)
     if sampling.min_p > 0:

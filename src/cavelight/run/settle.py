@@ -33,8 +33,8 @@ def is_close(scores_V: Tensor) -> bool:
     """Whether rounding might decide which token is the likeliest."""
     if len(scores_V) == 1:
         return False
-    first, second = scores_V.topk(2).values.tolist()
-    return bool(first - second < LOGIT_TIE * scores_V.abs().max())
+    first, second = scores_V.topk(2).values.tolist()  # the second is minus infinity where one token alone is allowed
+    return bool(first - second < LOGIT_TIE * scores_V[scores_V.isfinite()].abs().max())
 
 
 class Settler:

@@ -1,6 +1,7 @@
 """Text out of a stream of tokens: whole characters only, and nothing from a stop string on."""
 
 from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Protocol
 
 from cavelight.errors import UserError
@@ -22,6 +23,20 @@ class Decoder(Protocol):
     def push(self, token_id: int) -> str: ...
 
     def flush(self) -> str: ...
+
+
+class Tokens(Protocol):
+    """A stream of tokens as `TokenStream` and `Generation` are."""
+
+    @property
+    def stats(self) -> Stats: ...
+
+    @property
+    def stop_ids(self) -> AbstractSet[int]: ...
+
+    def __iter__(self) -> Iterator[int]: ...
+
+    def cancel(self, why: str = ...) -> None: ...
 
 
 class StopStrings:
@@ -65,20 +80,20 @@ class StopStrings:
 class TextStream(Iterator[str]):
     """The text of a stream of tokens, in pieces that are never empty; `stats` are the stream's."""
 
-    def __init__(self, tokens: TokenStream, decoder: Decoder, stop: Sequence[str] = ()) -> None:
+    def __init__(self, tokens: Tokens, decoder: Decoder, stop: Sequence[str] = ()) -> None:
         self.stats: Stats = tokens.stats
         self._pieces = self._stream(tokens, decoder, StopStrings(stop))
 
     def __next__(self) -> str:
         return next(self._pieces)
 
-    def _stream(self, tokens: TokenStream, decoder: Decoder, stops: StopStrings) -> Iterator[str]:
+    def _stream(self, tokens: Tokens, decoder: Decoder, stops: StopStrings) -> Iterator[str]:
         for token in tokens:
             piece = "" if token in tokens.stop_ids else stops.push(decoder.push(token))
             if piece:
                 yield piece
             if stops.hit is not None:
-                self.stats.finish = f"stop string {stops.hit!r}"
+                tokens.cancel(f"stop string {stops.hit!r}")
                 return
         piece = stops.push(decoder.flush()) + stops.flush()
         if piece:

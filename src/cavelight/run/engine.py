@@ -1,0 +1,330 @@
+"""Many generations at once on one model: a step computes some tokens of each, over one paged latent cache.
+
+Letters: T tokens of a step, of all sequences end to end, D hidden size, V vocabulary. What is computed when is the
+scheduler's business (run/scheduler.py), where rows lie is the pages' (run/pages.py).
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from threading import RLock
+
+import torch
+from torch import Tensor
+
+from cavelight.errors import UserError
+from cavelight.model.ports import Attend, Dispatch, GroupedDispatch
+from cavelight.model.transformer import Transformer
+from cavelight.run.generate import checked_drafts, checked_prompt, end_tokens
+from cavelight.run.invariant import DispatchAlone, RowBlocks
+from cavelight.run.pace import Pace
+from cavelight.run.paged import PagedCache, Span
+from cavelight.run.pages import Pages, Table
+from cavelight.run.request import Generation, Request
+from cavelight.run.scheduler import Job, Part, Scheduler
+from cavelight.run.speculate import Chain, Drafter, Wish
+from cavelight.spec.config import ModelConfig
+
+PAGE = 32  # positions
+WITH_MODULES, WITHOUT = -1, -2  # kinds of pages: whether they hold the MTP modules' rows
+
+
+@dataclass(frozen=True)
+class Load:
+    """What an engine holds at a moment."""
+
+    running: int
+    waiting: int
+    pages: int
+    pages_held: int
+    pages_known: int  # held by nobody, but found again if a prompt begins alike
+
+
+class Engine:
+    """Give it requests; every `step` brings all that run a piece further. Iterating over a generation makes steps too.
+
+    memory: bytes of the cache, all of them taken now. budget: tokens of a step, drafts included; prompts are taken in
+    pieces that fit beside what decodes. most: generations that run at once; more may wait, up to `queue`.
+    invariant: a request gives the same tokens alone and in any company, to the bit, at the price that every row of a
+    step is computed in a way that knows nothing of the others (run/invariant.py).
+    Raises UserError if not even one page fits into the memory.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        *,
+        memory: int = 1 << 30,
+        budget: int = 512,
+        most: int = 32,
+        queue: int = 4096,
+        page: int = PAGE,
+        invariant: bool = False,
+        dispatch: Dispatch | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        config, weight = model.config, model.lm_head.weight
+        self.model, self.config, self.queue, self.clock = model, config, queue, clock
+        self.invariant = invariant
+        self.dispatch = DispatchAlone() if invariant else dispatch or GroupedDispatch()
+        self.modules = config.num_nextn_predict_layers
+        pages = memory // page_bytes(config, page, weight.dtype)
+        if pages < 1:
+            raise UserError(
+                "The engine's memory is too small",
+                got=f"{memory:,} bytes",
+                why=f"one page of {page} positions takes {page_bytes(config, page, weight.dtype):,}",
+            )
+        self.cache = PagedCache(config, pages, page, weight.dtype, weight.device)
+        self.scheduler = Scheduler(Pages(pages, page, lookahead=self.modules), max(budget, most), most)
+        self.drafter = Drafter(model, self._attend_at, self.dispatch, self.modules) if self.modules else None
+        self.pace = Pace(config, measured=not invariant)
+        self._jobs: dict[Job, Generation] = {}
+        self._inbox: deque[Callable[[], None]] = deque()
+        self._lock = RLock()
+
+    def submit(self, request: Request) -> list[Generation]:
+        """One generation for each of the request's samples. May be called from any thread.
+
+        Raises UserError for a prompt that cannot be used, for a request that could never fit, and if too many wait.
+        """
+        prompt, limit = self._checked(request)
+        drafts = self.pace.most if request.drafts == "auto" else request.drafts
+        stop_ids = frozenset(end_tokens(self.config) if request.stop_ids is None else request.stop_ids)
+        made = [
+            Generation(request, prompt, stop_ids, number, drafts, self.step, self.cancel, self.clock())
+            for number in range(request.samples)
+        ]
+        if request.max_new_tokens <= 0:
+            for generation in made:
+                generation.stats.finish = "limit of new tokens"
+        else:
+            self._inbox.append(lambda: self._add(made, limit))
+        return made
+
+    def cancel(self, generation: Generation, why: str = "cancelled") -> None:
+        """End a generation, whatever it is at. May be called from any thread."""
+        if not generation.stats.finish:
+            generation.stats.finish = why
+            self._inbox.append(lambda: self._retire(generation))
+
+    def step(self) -> bool:
+        """Compute something for whoever is in turn; False if nobody wants anything."""
+        with self._lock, torch.inference_mode():
+            while self._inbox:
+                self._inbox.popleft()()
+            step = self.scheduler.plan()
+            for job in step.preempted:
+                self._jobs[job].lose()
+            for job in step.begun:
+                self._jobs[job].begin(job)
+            if not step.parts:
+                return False
+            self._compute(step.parts)
+            return True
+
+    def run(self) -> None:
+        """Steps until nobody wants anything."""
+        while self.step():
+            pass
+
+    @property
+    def load(self) -> Load:
+        scheduler, pages = self.scheduler, self.scheduler.pages
+        waiting = len(scheduler.waiting) + len(self._inbox)
+        return Load(len(scheduler.running), waiting, pages.count, pages.held, pages.idle)
+
+    def _checked(self, request: Request) -> tuple[list[int], int]:
+        """The prompt, and the most positions that will be computed."""
+        config, pages, most = self.config, self.scheduler.pages, self.scheduler.most
+        prompt = checked_prompt(config, request.prompt)
+        limit = min(len(prompt) + max(request.max_new_tokens, 1) - 1, config.max_position_embeddings)
+        if not self.scheduler.fits(limit):
+            raise UserError(
+                "The request does not fit into the engine's cache",
+                got=f"{len(prompt)} tokens and up to {request.max_new_tokens} new ones",
+                why=f"the cache has room for {pages.count * pages.size:,} positions",
+                do="ask for fewer, or give the engine more memory",
+            )
+        if not 1 <= request.samples <= most:
+            raise UserError("The number of samples cannot be used", got=str(request.samples), why=f"1 to {most} can be")
+        checked_drafts(config, request.drafts)
+        if len(self.scheduler.waiting) + len(self._inbox) >= self.queue:
+            raise UserError("The engine is full", why=f"{self.queue} requests wait already", do="try again later")
+        return prompt, limit
+
+    def _add(self, made: list[Generation], limit: int) -> None:
+        wanted = [generation for generation in made if not generation.stats.finish]  # else cancelled before
+        if not wanted:
+            return
+        first, drafts = wanted[0], wanted[0].stats.drafts
+        job = Job(
+            list(first.prompt),
+            limit,
+            Table(self.scheduler.pages, WITH_MODULES if drafts else WITHOUT),
+            first.request.priority,
+            first.request.client,
+            samples=len(wanted),
+            ahead=max(0, drafts - self.modules),
+        )
+        first.job, first.siblings = job, wanted[1:]
+        self._jobs[job] = first
+        self.scheduler.add(job)
+
+    def _end(self, generation: Generation, why: str, error: UserError | None = None) -> None:
+        """Whatever it is at: end it, and let its siblings go on."""
+        if generation.stats.finish:
+            return
+        generation.stats.finish, generation.error = why, error
+        self._retire(generation)
+
+    def _retire(self, generation: Generation) -> None:
+        job, siblings = generation.job, generation.siblings
+        if job is None:
+            return
+        generation.job, generation.siblings = None, []
+        siblings = [sibling for sibling in siblings if not sibling.stats.finish]
+        if siblings:  # the prompt is not through: the next one takes its place
+            heir = siblings[0]
+            heir.job, heir.siblings, heir.chain = job, siblings[1:], generation.chain
+            job.samples = len(siblings)
+            self._jobs[job] = heir
+        else:
+            del self._jobs[job]
+            self.scheduler.remove(job)
+
+    def _compute(self, parts: Sequence[Part]) -> None:
+        """One pass of the trunk over all parts, what follows from it, and the drafts for the next."""
+        started = self.clock()
+        spans = [Span(part.job.table.pages, part.start, part.count) for part in parts]
+        hidden, logits = self._trunk(parts, spans)
+        for part, hidden_TD, logits_TV in zip(parts, hidden, logits, strict=True):
+            self._advance(part, hidden_TD, logits_TV)
+        decided = self.clock()
+        going = [generation for generation in self._jobs.values() if generation.chain.unseen]
+        guesses = self._draft(going)
+        if all(part.known == 1 for part in parts):
+            self.pace.note(sum(part.count for part in parts), decided - started, guesses, self.clock() - decided)
+        for part, hidden_TD, logits_TV in zip(parts, hidden, logits, strict=True):
+            if logits_TV is not None and part.job.done > part.start:  # else it ended in an error
+                self._part(self._jobs[part.job], part, hidden_TD, logits_TV)
+        for generation in going:
+            self._keep(generation)
+
+    def _trunk(self, parts: Sequence[Part], spans: Sequence[Span]) -> tuple[list[Tensor], list[Tensor | None]]:
+        """Of each part its raw hidden states [T, D], and logits [drafts + 1, V] if something follows from it."""
+        device = self.model.lm_head.weight.device
+        tokens = [token for part in parts for token in self._tokens(part)]
+        positions_T = torch.cat([torch.arange(span.start, span.end) for span in spans]).to(device)
+        with RowBlocks() if self.invariant else nullcontext():
+            attend = self.cache.at(spans, alone=self.invariant)
+            hidden_TD, _ = self.model(torch.tensor(tokens, device=device), positions_T, attend, self.dispatch)
+            hidden = hidden_TD.split([span.count for span in spans])
+            rows = [states[part.known - 1 :] for part, states in zip(parts, hidden, strict=True) if part.decides]
+            heads = iter(self.model.head(torch.cat(rows)).split([len(some) for some in rows]) if rows else ())
+        return list(hidden), [next(heads) if part.decides else None for part in parts]
+
+    def _tokens(self, part: Part) -> list[int]:
+        guesses = self._jobs[part.job].guesses[: part.drafts]
+        return part.job.tokens[part.start : part.start + part.known] + [draft.token for draft in guesses]
+
+    def _advance(self, part: Part, hidden_TD: Tensor, logits_TV: Tensor | None) -> None:
+        """What a computed part makes certain."""
+        job, new = part.job, list[int]()
+        generation = self._jobs[job]
+        guesses, generation.guesses = generation.guesses[: part.drafts], []
+        if logits_TV is not None:
+            try:
+                new = generation.chooser.tokens(logits_TV, job.tokens, guesses)
+            except UserError as error:
+                self._end(generation, "error", error)
+                return
+            generation.note(len(guesses), len(new), self.clock())
+        self.scheduler.advance(part, new)
+        generation.chain.unseen.append(hidden_TD[: part.known + max(0, len(new) - 1)])
+        if logits_TV is not None:
+            generation.take(new, logits_TV, self.config.max_position_embeddings)
+
+    def _part(self, generation: Generation, part: Part, hidden_TD: Tensor, logits_TV: Tensor) -> None:
+        """The other samples begin where the prompt ends, each with its own choice of what follows.
+
+        The modules' last rows have seen the first sample's choice: they are made anew, from the trunk's last states.
+        """
+        job, siblings, generation.siblings = part.job, generation.siblings, []
+        for sibling in siblings:
+            tokens = job.tokens[: part.start + part.known]
+            try:
+                new = [] if sibling.stats.finish else sibling.chooser.tokens(logits_TV, tokens, [])
+            except UserError as error:
+                self._end(sibling, "error", error)
+            if sibling.stats.finish:
+                job.samples -= 1
+                continue
+            start = max(part.start, job.done - self.modules) if sibling.stats.drafts else job.done
+            sibling.job, copies = self.scheduler.fork(job, tokens + new, start)
+            self.cache.copy(copies)
+            if sibling.job.done:  # else it waits for pages
+                sibling.chain = Chain(sibling.job.table, start, start, [hidden_TD[start - part.start : part.known]])
+            self._jobs[sibling.job] = sibling
+            sibling.note(0, 1, self.clock())
+            sibling.take(new, logits_TV, self.config.max_position_embeddings)
+            self._keep(sibling)
+
+    def _draft(self, going: Sequence[Generation]) -> int:
+        """Keep the modules in step with the trunk, and let them guess; how many guesses that is."""
+        if self.drafter is None:
+            return 0
+        drafting = [generation for generation in going if generation.stats.drafts]
+        company = sum(job.left == 1 for job in self._jobs)
+        wishes = [self._wish(generation, company) for generation in drafting]
+        if not wishes:
+            return 0
+        with RowBlocks() if self.invariant else nullcontext():
+            proposed = self.drafter.propose(wishes)
+        for generation, guesses in zip(drafting, proposed, strict=True):
+            generation.guesses = guesses
+            if generation.job is not None:
+                generation.job.drafts = len(guesses)
+        return sum(map(len, proposed))
+
+    def _wish(self, generation: Generation, company: int) -> Wish:
+        job = generation.job
+        assert job is not None
+        drafts = 0
+        # Siblings will begin with choices of their own; who has ended just leaves true rows to others.
+        if job.left == 1 and not generation.siblings and not generation.stats.finish:
+            room = min(generation.room - 1, job.limit - len(job.tokens))
+            auto = generation.request.drafts == "auto"
+            many = (
+                self.pace.drafts(generation.chances, len(generation.tokens), company)
+                if auto
+                else generation.stats.drafts
+            )
+            drafts = max(0, min(many, room))
+        return Wish(generation.chain, job.tokens, drafts, generation.guess)
+
+    def _attend_at(self, pieces: Sequence[tuple[Chain, int, int]]) -> Attend:
+        spans = [Span(chain.home.pages, first, stop - first) for chain, first, stop in pieces]
+        return self.cache.at(spans, alone=self.invariant)
+
+    def _keep(self, generation: Generation) -> None:
+        """Let others find what was computed; and if it has ended, give its place away."""
+        job = generation.job
+        if job is None:
+            return
+        if generation.stats.drafts:
+            job.table.fill(job.tokens[: generation.chain.seen + 1])
+        else:
+            generation.chain.unseen = []
+            job.table.fill(job.tokens[: job.done])
+        if generation.error:
+            generation.stats.finish = "error"
+        if generation.stats.finish:
+            self._retire(generation)
+
+
+def page_bytes(config: ModelConfig, page: int, dtype: torch.dtype) -> int:
+    """Of a page of so many positions, all layers' rows."""
+    return config.num_layers_with_mtp * page * config.cache_width * dtype.itemsize

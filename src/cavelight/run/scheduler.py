@@ -1,0 +1,208 @@
+"""Who computes what in the next step: many sequences, a budget of tokens a step, a fixed number of pages.
+
+Knows no tensors. Letters are not needed; a job is one sequence that grows, its tokens the prompt and what was made of
+it. A step gives every job that has only its last token to compute that token and its drafts; what is left of the budget
+goes to prompts in chunks, those under way first, then waiting ones.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from itertools import count
+
+from cavelight.run.pages import Copy, OutOfPages, Pages, Table
+
+
+@dataclass(eq=False)
+class Job:
+    """One sequence. `done` positions have their rows in the cache; tokens from there on are to be computed.
+
+    limit: the most positions that it may compute. priority: higher ones go first. client: whose it is; of equal
+    priority, whoever was served least goes first. samples: as how many jobs it goes on after its prompt. ahead: so
+    many positions after those of a step are written too, by who drafts.
+    """
+
+    tokens: list[int]
+    limit: int
+    table: Table
+    priority: int = 0
+    client: str = ""
+    samples: int = 1
+    ahead: int = 0
+    drafts: int = 0  # how many guesses of what follows `tokens` there are
+    done: int = 0
+    shared: int = 0  # positions that it found in the cache when it began
+    preempted: int = 0  # how often it had to give its pages back
+    number: int = -1  # in the order of arrival
+
+    @property
+    def left(self) -> int:
+        """Known tokens that are not computed; one in a job that decodes."""
+        return len(self.tokens) - self.done
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a step computes of one job: `known` tokens from position `start` on, then `drafts` guesses."""
+
+    job: Job
+    start: int
+    known: int
+    drafts: int
+
+    @property
+    def count(self) -> int:
+        return self.known + self.drafts
+
+    @property
+    def decides(self) -> bool:
+        """Whether the step reaches the job's end, so that a token follows from it."""
+        return self.start + self.known == len(self.job.tokens)
+
+
+@dataclass
+class Step:
+    parts: list[Part] = field(default_factory=list)
+    begun: list[Job] = field(default_factory=list)  # that have pages since this step
+    preempted: list[Job] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> int:
+        return sum(part.count for part in self.parts)
+
+
+class Scheduler:
+    """Jobs that wait, jobs that run, and the pages between them.
+
+    budget: tokens of a step, drafts included. most: jobs that may run at once. A job that could never have the pages
+    it may need is refused when it comes, so that the first in rank can always be finished: all others give way to it.
+    """
+
+    def __init__(self, pages: Pages, budget: int, most: int) -> None:
+        assert budget >= most > 0
+        self.pages, self.budget, self.most = pages, budget, most
+        self.waiting: list[Job] = []
+        self.running: list[Job] = []
+        self.served: dict[str, int] = {}  # tokens computed for each client that has jobs here
+        self._numbers = count()
+
+    def fits(self, limit: int) -> bool:
+        """Whether a job of so many tokens could run if it were alone."""
+        return -(-limit // self.pages.size) <= self.pages.count
+
+    def add(self, job: Job) -> None:
+        """Let a job wait. Who comes anew has been served as much as the least served client that is here."""
+        assert self.fits(job.limit) and job.samples <= self.most and 0 < len(job.tokens) <= job.limit
+        job.number = next(self._numbers)
+        if job.client not in self.served:
+            self.served[job.client] = min(self.served.values(), default=0)
+        self.waiting.append(job)
+
+    def fork(self, job: Job, tokens: list[int], start: int) -> tuple[Job, list[Copy]]:
+        """One of a job's samples as a job of its own, with tokens that go on in its own way; which pages to copy now.
+
+        Neither will write to positions before `start` any more. Where no pages are left the new one waits.
+        """
+        assert job.samples > 1
+        job.samples -= 1
+        table = Table(job.table.pool, job.table.kind)
+        twin = replace(job, tokens=tokens, samples=1, drafts=0, done=0, shared=0, preempted=0, table=table)
+        twin.number = next(self._numbers)
+        try:
+            twin.table, copies = job.table.fork(start)
+        except OutOfPages:
+            self.waiting.append(twin)
+            return twin, []
+        twin.done = twin.shared = job.done
+        self.running.append(twin)
+        return twin, copies
+
+    def remove(self, job: Job) -> None:
+        """End a job, wherever it is; its pages are free, what is known of them stays known."""
+        (self.running if job in self.running else self.waiting).remove(job)
+        job.table.close()
+        if all(other.client != job.client for other in self._all()):
+            del self.served[job.client]
+
+    def plan(self) -> Step:
+        """The next step. Its positions have pages; nothing but `advance` has to follow for each of its parts."""
+        step, budget = Step(), self.budget
+        behind = sum(job.left == 1 for job in self.running)  # they get their token whatever those before them take
+        for job in sorted(self.running, key=_rank):
+            behind -= job.left == 1
+            if job in self.running:  # else it gave way to one before it
+                budget -= self._place(job, budget - behind, step)
+        while self.waiting and budget > 0:
+            job = min(self.waiting, key=self._turn)
+            if sum(other.samples for other in self.running) + job.samples > self.most or not self._begin(job, step):
+                break
+            taken = self._place(job, budget, step)
+            if not taken:  # it gave way at once
+                break
+            budget -= taken
+        return step
+
+    def advance(self, part: Part, new: list[int]) -> None:
+        """Account for a computed part; `new` tokens were decided by it, of which all but the last were drafts."""
+        job = part.job
+        self.served[job.client] += part.count
+        job.done = part.start + part.known + max(0, len(new) - 1)
+        job.tokens.extend(new)
+        job.drafts = 0
+
+    def _place(self, job: Job, budget: int, step: Step) -> int:
+        """Put as much of the job as fits into the step; how many tokens that is."""
+        known = min(job.left, budget)
+        if known <= 0:
+            return 0
+        start = job.done
+        drafts = min(job.drafts, budget - known) if known == job.left else 0
+        while True:
+            try:
+                job.table.reserve(min(start + known + drafts + job.ahead, job.limit))
+                break
+            except OutOfPages:
+                if drafts:  # they are a wish, not a need
+                    drafts = 0
+                elif not self._make_room(job, step):
+                    return 0
+        step.parts.append(Part(job, start, known, drafts))
+        return known + drafts
+
+    def _make_room(self, job: Job, step: Step) -> bool:
+        """Take the pages of the last job in rank; False if that was `job` itself."""
+        last = max(self.running, key=_rank)
+        self.running.remove(last)
+        last.table.close()
+        last.done, last.shared, last.drafts = 0, 0, 0
+        last.preempted += 1
+        self.waiting.append(last)
+        step.preempted.append(last)
+        step.parts = [part for part in step.parts if part.job is not last]
+        return last is not job
+
+    def _begin(self, job: Job, step: Step) -> bool:
+        """Give a waiting job its place, if there are pages for all of its tokens; lower priorities give way."""
+        found = job.table.open(job.tokens)
+        while job.table.lacks(min(len(job.tokens) + job.ahead, job.limit)) > self.pages.free:
+            lower = [other for other in self.running if other.priority < job.priority]
+            if not lower:
+                job.table.close()
+                return False
+            self._make_room(max(lower, key=_rank), step)
+        job.done = job.shared = found
+        self.waiting.remove(job)
+        self.running.append(job)
+        step.begun.append(job)
+        return True
+
+    def _turn(self, job: Job) -> tuple[int, int, int]:
+        return -job.priority, self.served[job.client], job.number
+
+    def _all(self) -> Iterator[Job]:
+        yield from self.running
+        yield from self.waiting
+
+
+def _rank(job: Job) -> tuple[int, int]:
+    """Who keeps its pages longest comes first."""
+    return -job.priority, job.number
