@@ -1,4 +1,4 @@
-"""Needles at 32K and at 128K: a small model trained, extended twice and asked, and what its cache held.
+"""Needles at 32K and at 128K: a small model trained, extended in phases and asked, and what its cache held.
 
 python -m bench.needle writes docs/results/needle.md with the heat map. Every part is done once: interrupted, the same
 command goes on.
@@ -30,13 +30,17 @@ from cavelight.train.loop import train
 from cavelight.train.needle import Found, find_needles
 from cavelight.train.state import RunFolder, read_metrics
 
-LENGTHS = (32_768, 131_072)
-# Steps and peak rates of so small a model; one row a step.
+# Steps and rates of so small a model, about 4,096 tokens a step or one row. The first three phases are there because the
+# model learnt from so short a context: a context four times as long is found without training, one far longer is not.
 PHASES = {
-    32_768: ("train.steps=30", "train.learning_rate=1e-3", "train.evaluate_every=1000"),
-    131_072: ("train.steps=6", "train.learning_rate=5e-4", "train.evaluate_every=1000"),
+    512: ("train.steps=150", "train.learning_rate=3e-3"),
+    2_048: ("train.steps=60", "train.learning_rate=2e-3"),
+    8_192: ("train.steps=30", "train.learning_rate=2e-3"),
+    32_768: ("train.steps=8", "train.learning_rate=1e-3"),
+    131_072: ("train.steps=2", "train.learning_rate=1e-4", "data.row_length=8192"),  # a whole row takes 20 minutes
 }
-ASKED = (2_048, 8_192, *LENGTHS)
+SEEN = (32_768, 131_072)  # phases whose models are asked
+ASKED = (2_048, 8_192, *SEEN)
 DEPTHS = 10
 HEAD = """| tokens | found | worst depth | haystacks | time | cache bytes | planned |
 |--:|--:|--:|--:|--:|--:|--:|"""
@@ -54,7 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if models is None:
         return 130
     tables, summary = [], []
-    for length, folder in zip(LENGTHS, models, strict=True):
+    for length in SEEN:
+        folder = models[length]
         name = f"needle-{length_name(length)}"
         rows = asked(folder, [size for size in ASKED if size <= length], options.trials, options.out, name)
         tables.append(f"![Needles found by length and depth]({name}.png)\n\n{table(rows)}")
@@ -67,21 +72,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def trained(path: Path) -> list[Path] | None:
-    """The folders of both extended models; None if Ctrl-C stopped a part. What is there already is not done again."""
-    run, folders = RunFolder(path), []
+def trained(path: Path) -> dict[int, Path] | None:
+    """The folders of the extended models by their context; None if Ctrl-C stopped a part. What is there already is not done again."""
+    run, folders = RunFolder(path), dict[int, Path]()
     with screen("Needles: a short context, then 32K, then 128K", as_json=False) as listen:
         if not run.holds_a_run or not finished(run):
             recipe = run.read_recipe() if run.holds_a_run else Recipe.read("needle")
             if train(recipe, run.path, listen, resume=run.holds_a_run).interrupted:
                 return None
         source = run.path
-        for length in LENGTHS:
-            (result,) = extend(source, [length], run.path, PHASES[length], listen)
+        for length, changes in PHASES.items():
+            (result,) = extend(source, [length], run.path, [*changes, "train.evaluate_every=1000"], listen)
             if result.interrupted:
                 return None
-            folders.append(result.out)
-            source = result.out
+            folders[length] = source = result.out
     return folders
 
 
@@ -127,11 +131,11 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def report(
-    path: Path, models: Sequence[Path], tables: Sequence[str], summary: Sequence[str], called: Sequence[str]
+    path: Path, models: dict[int, Path], tables: Sequence[str], summary: Sequence[str], called: Sequence[str]
 ) -> str:
     config = ModelConfig.read(checkpoint_folder(path))
     training = []
-    for folder in (path, *models):
+    for folder in (path, *models.values()):
         run = RunFolder(folder)
         last = [line for line in read_metrics(run.metrics) if line["kind"] == "step"][-1]
         recipe = run.read_recipe()
@@ -143,7 +147,7 @@ def report(
 
 A DeepSeek-V3 of {total_parameters(config):,} parameters ({config.num_hidden_layers} layers, one of them dense,
 {config.num_attention_heads} heads, a latent of {config.kv_lora_rank}) learns to find facts again within
-{config.max_position_embeddings} tokens (`recipes/needle.toml`), and is extended with YaRN: to 32K, then to 128K.
+{config.max_position_embeddings} tokens (`recipes/needle.toml`), and is extended with YaRN in the phases below.
 A needle reads `Friends call Bana otter lemon.`; the question is `Friends call Bana`, and found means that the greedy
 continuation is ` otter lemon` (one of 4,096). Each depth is a tenth of the haystack. Up to a hundred needles share a
 haystack, which makes it harder: each distracts from the others. In the worst depth, {summary[0]} are found at 32K by
