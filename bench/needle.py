@@ -30,8 +30,8 @@ from cavelight.train.loop import train
 from cavelight.train.needle import Found, find_needles
 from cavelight.train.state import RunFolder, read_metrics
 
-# Steps and rates of so small a model, about 4,096 tokens a step or one row. The first three phases are there because the
-# model learnt from so short a context: a context four times as long is found without training, one far longer is not.
+# Steps and rates of so small a model, about 4,096 tokens a step or one row. The first three phases are there because
+# the model learnt from so short a context: one four times as long needs little training, one far longer much.
 PHASES = {
     512: ("train.steps=150", "train.learning_rate=3e-3"),
     2_048: ("train.steps=60", "train.learning_rate=2e-3"),
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def trained(path: Path) -> dict[int, Path] | None:
-    """The folders of the extended models by their context; None if Ctrl-C stopped a part. What is there already is not done again."""
+    """The folders of the extended models by their context; None if Ctrl-C stopped a part. What is there stays."""
     run, folders = RunFolder(path), dict[int, Path]()
     with screen("Needles: a short context, then 32K, then 128K", as_json=False) as listen:
         if not run.holds_a_run or not finished(run):

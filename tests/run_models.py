@@ -1,8 +1,11 @@
 """Tiny models to generate with: random ones, and ones whose drafts are often right."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from cavelight.model.mtp import MTPModule
 from cavelight.model.router import Routing
 from cavelight.model.transformer import Transformer
 from cavelight.spec.config import ModelConfig
@@ -12,7 +15,7 @@ from .reference.tiny import tiny
 
 def small_config(**changes: object) -> ModelConfig:
     """Two layers, grouped experts, no end token, so that only the number of tokens ends a generation."""
-    groups = {"n_group": 4, "topk_group": 2, "num_nextn_predict_layers": 1, "eos_token_id": None}
+    groups: dict[str, Any] = {"n_group": 4, "topk_group": 2, "num_nextn_predict_layers": 1, "eos_token_id": None}
     return tiny(**(groups | changes))
 
 
@@ -42,6 +45,7 @@ def drafting_model(config: ModelConfig, seed: int = 0, surprise: float = 0.5) ->
             if name.endswith(("o_proj.weight", "down_proj.weight", "experts.down_proj")):
                 parameter.mul_(surprise)
         for module in model.mtp:
+            assert isinstance(module, MTPModule)
             module.eh_proj.weight.mul_(0.1 * surprise)
             module.eh_proj.weight[:, :D] += torch.eye(D)
             module.enorm.weight.fill_(1)
