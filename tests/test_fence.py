@@ -131,6 +131,15 @@ def test_the_fence_lets_through(room: str, source: str) -> None:
     assert violations(room, source) == []
 
 
+@pytest.mark.parametrize("name", ["pages", "scheduler"])
+def test_what_is_computed_when_is_decided_without_torch(name: str) -> None:
+    names = set(imports(ast.parse((SOURCE / "run" / f"{name}.py").read_text(encoding="utf-8"))))
+    assert {found for found in names if is_ours(found)} <= {
+        f"cavelight.run.pages.{part}" for part in ("Copy", "OutOfPages", "Pages", "Table")
+    }
+    assert not {found.split(".")[0] for found in names} & HEAVY
+
+
 def test_files_stay_readable() -> None:
     sources = [file for folder in ("src", "tests", "bench") for file in (ROOT / folder).rglob("*.py")]
     lines = {str(file.relative_to(ROOT)): len(file.read_text(encoding="utf-8").splitlines()) for file in sources}

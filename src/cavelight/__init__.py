@@ -6,10 +6,34 @@ Names are looked up when first used, so `import cavelight` itself costs nothing 
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Transformer", "generate", "generate_tokens", "load", "preset", "read_config", "save", "train"]
+__all__ = [
+    "Engine",
+    "Request",
+    "Sampling",
+    "Transformer",
+    "generate",
+    "generate_tokens",
+    "load",
+    "preset",
+    "read_config",
+    "save",
+    "train",
+]
 
 if TYPE_CHECKING:
-    from cavelight.api import Transformer, generate, generate_tokens, load, preset, read_config, save, train
+    from cavelight.api import (
+        Engine,
+        Request,
+        Sampling,
+        Transformer,
+        generate,
+        generate_tokens,
+        load,
+        preset,
+        read_config,
+        save,
+        train,
+    )
 
 
 def __getattr__(name: str) -> Any:

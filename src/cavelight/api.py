@@ -11,7 +11,9 @@ import torch
 from cavelight.data.tokenizer import StreamDecoder, Tokenizer
 from cavelight.disk import checkpoint_folder
 from cavelight.model.transformer import Transformer
+from cavelight.run.engine import Engine
 from cavelight.run.generate import Drafts, generate_tokens
+from cavelight.run.request import Request
 from cavelight.run.sample import Sampling
 from cavelight.run.text import TextStream, generate_text
 from cavelight.spec.config import ModelConfig
@@ -23,7 +25,19 @@ from cavelight.train.loop import train as _train
 from cavelight.weights.hub import local_folder
 from cavelight.weights.snapshot import read_checkpoint, write_checkpoint
 
-__all__ = ["Transformer", "generate", "generate_tokens", "load", "preset", "read_config", "save", "train"]
+__all__ = [
+    "Engine",
+    "Request",
+    "Sampling",
+    "Transformer",
+    "generate",
+    "generate_tokens",
+    "load",
+    "preset",
+    "read_config",
+    "save",
+    "train",
+]
 
 
 def load(

@@ -209,7 +209,7 @@ class Engine:
             self.pace.note(sum(part.count for part in parts), decided - started, guesses, self.clock() - decided)
         for part, hidden_TD, logits_TV in zip(parts, hidden, logits, strict=True):
             if logits_TV is not None and part.job.done > part.start:  # else it ended in an error
-                self._part(self._jobs[part.job], part, hidden_TD, logits_TV)
+                self._separate(self._jobs[part.job], part, hidden_TD, logits_TV)
         for generation in going:
             self._keep(generation)
 
@@ -247,7 +247,7 @@ class Engine:
         if logits_TV is not None:
             generation.take(new, logits_TV, self.config.max_position_embeddings)
 
-    def _part(self, generation: Generation, part: Part, hidden_TD: Tensor, logits_TV: Tensor) -> None:
+    def _separate(self, generation: Generation, part: Part, hidden_TD: Tensor, logits_TV: Tensor) -> None:
         """The other samples begin where the prompt ends, each with its own choice of what follows.
 
         The modules' last rows have seen the first sample's choice: they are made anew, from the trunk's last states.

@@ -1,8 +1,8 @@
 """Who computes what in the next step: many sequences, a budget of tokens a step, a fixed number of pages.
 
-Knows no tensors. Letters are not needed; a job is one sequence that grows, its tokens the prompt and what was made of
-it. A step gives every job that has only its last token to compute that token and its drafts; what is left of the budget
-goes to prompts in chunks, those under way first, then waiting ones.
+Knows no tensors. A job is one sequence that grows, its tokens the prompt and what was made of it. A step gives every
+job that has only its last token to compute that token and its drafts; what is left of the budget goes to prompts in
+chunks, those under way first, then waiting ones.
 """
 
 from collections.abc import Iterator
