@@ -22,6 +22,7 @@ LAYERS = {
     "see": 5,
     "train": 5,
     "api": 6,
+    "bench": 6,
     "experiment": 6,
     "harness": 7,
     "__init__": 7,

@@ -251,6 +251,29 @@ def chat(
 
 
 @app.command()
+def bench(
+    source: Annotated[
+        str, typer.Argument(metavar="DIR", help="A run, a checkpoint, or the name of a preset: random weights then.")
+    ],
+    prompts: Annotated[str, typer.Option(metavar="N,N", help="Lengths of prompts, as in 512,4k.")] = "512,4k",
+    depths: Annotated[str, typer.Option(metavar="N,N", help="Positions in the cache before a token.")] = "128,4k,16k",
+    batches: Annotated[str, typer.Option(metavar="N,N", help="Sequences that decode at once.")] = "4,16",
+    against: Annotated[str | None, typer.Option(metavar="PEER", help="transformers, on the same weights.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where figure and numbers go; beside the model unless told.")
+    ] = None,
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """How fast a model runs here, next to what memory and processor could do."""
+    from cavelight.cli import bench as command
+    from cavelight.cli.screen import telling
+
+    with telling(as_json):
+        command.bench(source, prompts, depths, batches, against, out, dtype, as_json)
+
+
+@app.command()
 def convert(
     source: Source,
     target: Annotated[Path, typer.Argument(metavar="DST", help="The folder that the converted checkpoint becomes.")],

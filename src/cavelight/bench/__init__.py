@@ -1,0 +1,1 @@
+"""How fast a model runs here, next to what the machine could do."""
