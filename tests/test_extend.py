@@ -1,5 +1,6 @@
 """A longer context in phases, and what context is worth by position."""
 
+import json
 import signal
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from cavelight.see.context import draw_by_position
 from cavelight.spec.config import ModelConfig
 from cavelight.spec.events import Event, Note, Step
 from cavelight.spec.recipe import Recipe
+from cavelight.spec.sections import TrainSection
 from cavelight.train.evaluate import loss_by_position
 from cavelight.train.extend import extend, length_name, phase
 from cavelight.train.loop import train
@@ -56,6 +58,21 @@ def test_a_phase_is_the_reports(run: Path) -> None:
     assert [stage.to for stage in settings.schedule] == [1.0]
     assert (settings.steps, settings.warmup_steps, settings.rows_per_step, settings.bias_speed) == (1000, 0, 4, 0.0)
     assert settings.mtp_weight == 0.1
+
+
+@pytest.mark.parametrize("is_run", [True, False], ids=["pre-training with a factor of 1", "a checkpoint of its own"])
+def test_a_source_with_yarn_is_no_earlier_phase(run: Path, tmp_path: Path, is_run: bool) -> None:
+    yarn = {"factor": 1.0, "original_max_position_embeddings": ORIGINAL, "mscale_all_dim": 1.0}
+    before = RunFolder(run).read_recipe().model_dump()
+    before["model"]["overrides"] |= {"rope_scaling": yarn}
+    recipe, source = Recipe.build(before), RunFolder(tmp_path / "source")
+    folder = source.model if is_run else source.path
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(recipe.config.to_hf()), encoding="utf-8")
+    if is_run:
+        source.write_recipe(recipe)
+    peak = recipe.train.learning_rate if is_run else TrainSection().learning_rate
+    assert phase(source.path, 64).train.learning_rate == pytest.approx(peak * 7.3e-6 / 2.2e-4)
 
 
 def test_phases_stand_on_one_another_and_are_done_once(run: Path, tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ def phase(source: Path, length: int, changes: Sequence[str] = ()) -> Recipe:
             "overrides": {"rope_scaling": scaling, "max_position_embeddings": length},
         },
         "data": before.data.model_dump() | {"row_length": length, "tokenizer": str(checkpoint_folder(source))},
-        "train": before.train.model_dump() | _training(before, length, first=config.rope_scaling is None),
+        "train": before.train.model_dump() | _training(before, length, first=not _is_phase(before)),
     }
     return Recipe.build(values, changes)
 
@@ -108,6 +108,11 @@ def phase(source: Path, length: int, changes: Sequence[str] = ()) -> Recipe:
 def length_name(length: int) -> str:
     """32768 as 32k, 1000 as 1000."""
     return f"{length // 1024}k" if length % 1024 == 0 else str(length)
+
+
+def _is_phase(recipe: Recipe) -> bool:
+    """Whether `phase` made this recipe. YaRN alone does not tell: pre-training may carry it with a factor of 1."""
+    return recipe.model.weights is not None and "rope_scaling" in recipe.model.overrides
 
 
 def _training(before: Recipe, length: int, first: bool) -> dict[str, Any]:
