@@ -92,14 +92,14 @@ def needle(
     model, tokenizer = load(path, dtype, without_mtp)
 
     from cavelight.plan.table import tokens_of
-    from cavelight.train.needle import find_needles
+    from cavelight.train.needle import find_needles, plain_text
 
     if depths < 1 or trials < 1:
         raise UserError("Needles are counted from one", got=f"{depths} depths, {trials} trials")
     chosen = [tokens_of(part) for part in lengths.split(",")] if lengths else steps_to(model.config)
     with screen(f"{path}: needles in held-out text of {name_of(path, None)}", as_json) as listen:
         tokens_N = held_out_tokens(path, None, tokenizer, listen).tokens_N[: max(chosen)]
-        text = tokenizer.decode(tokens_N.tolist())
+        text = plain_text(tokenizer, tokens_N.tolist())
         results = find_needles(model, tokenizer, text, chosen, depths=depths, trials=trials, on_event=listen)
     found, picture = report_needles(results, model.config, out or beside(path), path.resolve().name)
     if as_json:
