@@ -15,6 +15,7 @@ from cavelight.cli.screen import OUT, duration, say_json
 from cavelight.disk import file_beside
 from cavelight.errors import UserError
 from cavelight.spec.events import Event
+from cavelight.spec.recipe import absolute
 from cavelight.spec.sections import DataSection
 
 if TYPE_CHECKING:
@@ -27,7 +28,9 @@ ROW_LENGTH = 512  # tokens of context at most, for checkpoints that come without
 SHORTEST = 512  # of the haystacks that are tried unless told, a quarter of the next one each
 
 
-def evaluate(path: Path, corpus: str | None, dtype: str, without_mtp: bool, as_json: bool) -> None:
+def evaluate(
+    path: Path, corpus: str | None, text_key: str | None, dtype: str, without_mtp: bool, as_json: bool
+) -> None:
     """The run's own corpus and row length unless `corpus` names another; the standard library where there is no run."""
     model, tokenizer = load(path, dtype, without_mtp)
 
@@ -40,7 +43,7 @@ def evaluate(path: Path, corpus: str | None, dtype: str, without_mtp: bool, as_j
     row_length = data.row_length if data else min(ROW_LENGTH, model.config.max_position_embeddings)
     began = time.monotonic()
     with screen(f"{path} on held-out text of {name_of(path, corpus)}", as_json) as listen:
-        store = held_out_tokens(path, corpus, tokenizer, listen)
+        store = held_out_tokens(path, corpus, tokenizer, listen, text_key)
         bits = held_out_bits_per_byte(model, store, row_length, None, listen, Workers(torch.get_num_threads()))
     size, seconds = int(store.bytes_M.sum()), time.monotonic() - began
     if as_json:
@@ -49,7 +52,15 @@ def evaluate(path: Path, corpus: str | None, dtype: str, without_mtp: bool, as_j
     OUT.print(f"[bold]{bits:.4f} bits per byte[/] on {size:,} bytes ({len(store):,} tokens), in {duration(seconds)}")
 
 
-def by_position(path: Path, corpus: str | None, out: Path | None, dtype: str, without_mtp: bool, as_json: bool) -> None:
+def by_position(
+    path: Path,
+    corpus: str | None,
+    text_key: str | None,
+    out: Path | None,
+    dtype: str,
+    without_mtp: bool,
+    as_json: bool,
+) -> None:
     """What context is worth, up to the model's longest: a table, by-position.json and a figure."""
     model, tokenizer = load(path, dtype, without_mtp)
 
@@ -57,7 +68,7 @@ def by_position(path: Path, corpus: str | None, out: Path | None, dtype: str, wi
     from cavelight.train.evaluate import loss_by_position
 
     with screen(f"{path} by position, on held-out text of {name_of(path, corpus)}", as_json) as listen:
-        store = held_out_tokens(path, corpus, tokenizer, listen)
+        store = held_out_tokens(path, corpus, tokenizer, listen, text_key)
         length = min(model.config.max_position_embeddings, len(store) - 1)
         buckets = loss_by_position(model, tokenizer, store, length, on_event=listen)
     rows = [{**asdict(bucket), "loss": bucket.loss, "bits_per_byte": bucket.bits_per_byte} for bucket in buckets]
@@ -159,13 +170,28 @@ def steps_to(config: "ModelConfig") -> list[int]:
 
 
 def held_out_tokens(
-    path: Path, corpus: str | None, tokenizer: "Tokenizer", listen: Callable[[Event], None]
+    path: Path,
+    corpus: str | None,
+    tokenizer: "Tokenizer",
+    listen: Callable[[Event], None],
+    text_key: str | None = None,
 ) -> "TokenStore":
     """Held-out text of `corpus`, or of the run's own, or of the standard library."""
     from cavelight.train.prepare import held_out, read_corpora
 
-    data = DataSection(corpus=corpus) if corpus else data_of(path) or DataSection()
-    return held_out(read_corpora(data), tokenizer, listen)[0]
+    return held_out(read_corpora(data_to_read(path, corpus, text_key)), tokenizer, listen)[0]
+
+
+def data_to_read(path: Path, corpus: str | None, text_key: str | None = None) -> DataSection:
+    """The run's own data; `corpus` is divided and read by the run's rules, else text that it learnt is held out."""
+    own = data_of(path) or DataSection()
+    if corpus is None:
+        return own
+    corpus = absolute(corpus)
+    keys = {source.text_key for source in own.sources if source.corpus == corpus}
+    keys = keys or {source.text_key for source in own.sources}
+    key = text_key or (keys.pop() if len(keys) == 1 else own.text_key)
+    return own.model_copy(update={"corpus": corpus, "text_key": key})
 
 
 def data_of(path: Path) -> DataSection | None:

@@ -108,6 +108,10 @@ def evaluate(
             "--data", metavar="PATH", help="File, folder or glob whose held-out part is read; else the run's."
         ),
     ] = None,
+    text_key: Annotated[
+        str | None,
+        typer.Option(metavar="KEY", help="Where JSONL or Parquet of --data holds its text; the run's unless told."),
+    ] = None,
     by_position: Annotated[
         bool, typer.Option("--by-position", help="Bits per byte by the position in the context, with a figure.")
     ] = False,
@@ -151,9 +155,9 @@ def evaluate(
         if needle:
             command.needle(model, lengths, depths, trials, out, dtype, without_mtp, as_json)
         elif by_position:
-            command.by_position(model, corpus, out, dtype, without_mtp, as_json)
+            command.by_position(model, corpus, text_key, out, dtype, without_mtp, as_json)
         else:
-            command.evaluate(model, corpus, dtype, without_mtp, as_json)
+            command.evaluate(model, corpus, text_key, dtype, without_mtp, as_json)
 
 
 @app.command()

@@ -89,10 +89,15 @@ def _make_absolute(values: dict[str, Any]) -> None:
     places += [(source, "corpus") for source in corpus] if isinstance(corpus, list | tuple) else []
     for section, key in places:
         path = section.get(key) if isinstance(section, dict) else None
-        if not isinstance(section, dict) or not isinstance(path, str) or path in CORPORA:
-            continue
-        if glob.has_magic(path) or Path(path).expanduser().exists():
-            section[key] = os.path.abspath(Path(path).expanduser())
+        if isinstance(section, dict) and isinstance(path, str):
+            section[key] = absolute(path)
+
+
+def absolute(path: str) -> str:
+    """`path` as it is seen from anywhere; a corpus' name, and what is not there, as it is."""
+    if path in CORPORA or not (glob.has_magic(path) or Path(path).expanduser().exists()):
+        return path
+    return os.path.abspath(Path(path).expanduser())
 
 
 def _parse(path: Path) -> dict[str, Any]:
