@@ -4,12 +4,19 @@ import json
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from cavelight.cli import evaluation
 from cavelight.cli.evaluation import data_to_read, held_out_tokens
+from cavelight.cli.main import app
 from cavelight.data.tokenizer import train_tokenizer
+from cavelight.errors import UserError
 from cavelight.spec.recipe import Recipe
 from cavelight.train.prepare import held_out, read_corpora
 from cavelight.train.state import RunFolder
+
+from .reference.tiny import tiny
+from .run_models import random_model
 
 TEXTS = [f"{n * n % 97} birds on {n % 7} fences" for n in range(200)]
 TOKENIZER = train_tokenizer(TEXTS, 300)
@@ -51,6 +58,23 @@ def test_another_text_key(run: RunFolder, tmp_path: Path) -> None:
     assert data_to_read(run.path, other).text_key == "body"
     assert data_to_read(run.path, other, "content").text_key == "content"
     assert data_to_read(tmp_path, other).text_key == "text"
+
+
+def test_needles_are_hidden_in_the_text_that_is_named(
+    run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "b.jsonl").write_text('{"content": "a stork"}\n{"content": "a heron"}\n', encoding="utf-8")
+    hay: list[str] = []
+
+    def find_needles(model: object, tokenizer: object, text: str, lengths: object, **more: object) -> None:
+        hay.append(text)
+        raise UserError("enough")
+
+    monkeypatch.setattr(evaluation, "load", lambda *arguments: (random_model(tiny(vocab_size=300)), TOKENIZER))
+    monkeypatch.setattr("cavelight.train.needle.find_needles", find_needles)
+    words = ["eval", str(run.path), "--needle", "--data", str(tmp_path / "b.jsonl"), "--text-key", "content"]
+    assert CliRunner().invoke(app, words).exit_code == 2
+    assert hay in (["a stork\n"], ["a heron\n"])
 
 
 def test_text_keys_of_a_mixture(run: RunFolder, corpus: Path, tmp_path: Path) -> None:

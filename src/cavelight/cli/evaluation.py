@@ -27,6 +27,34 @@ if TYPE_CHECKING:
 ROW_LENGTH = 512  # tokens of context at most, for checkpoints that come without the recipe of their run
 SHORTEST = 512  # of the haystacks that are tried unless told, a quarter of the next one each
 
+MEANT_FOR = {  # what each way of evaluating minds of the options that not all of them do
+    "held-out text": ("--data", "--text-key"),
+    "--by-position": ("--data", "--text-key", "--out"),
+    "--needle": ("--data", "--text-key", "--lengths", "--depths", "--trials", "--out"),
+    "--tasks": ("--shots", "--limit", "--include"),
+}
+
+
+def check_options(wanted: Mapping[str, bool], options: Mapping[str, object]) -> None:
+    """UserError for more than one way of evaluating, and for options that the one asked for does not mind.
+
+    wanted: whether each way is asked for; options: their values, None where not given.
+    """
+    ways = [way for way, asked in wanted.items() if asked] or ["held-out text"]
+    if len(ways) > 1:
+        raise UserError("eval does one thing at a time", got=" and ".join(ways), do="call it once for each")
+    given = [option for option, value in options.items() if value is not None]
+    idle = [option for option in given if option not in MEANT_FOR[ways[0]]]
+    if idle:
+        others = [way for way, minded in MEANT_FOR.items() if idle[0] in minded]
+        raise UserError(
+            f"{', '.join(idle)} would do nothing here",
+            got=f"{', '.join(idle)} with {ways[0]}",
+            do=f"leave it out; {idle[0]} is for {' or '.join(others)}",
+        )
+    if "--text-key" in given and "--data" not in given:
+        raise UserError("--text-key is for the text that --data names", do="name it, or leave --text-key out")
+
 
 def evaluate(
     path: Path, corpus: str | None, text_key: str | None, dtype: str, without_mtp: bool, as_json: bool
@@ -91,6 +119,8 @@ def by_position(
 
 def needle(
     path: Path,
+    corpus: str | None,
+    text_key: str | None,
     lengths: str | None,
     depths: int,
     trials: int,
@@ -99,7 +129,7 @@ def needle(
     without_mtp: bool,
     as_json: bool,
 ) -> None:
-    """Needles in held-out text of the run's corpus, or of the standard library: a table, needle.json, a heat map."""
+    """Needles in held-out text, chosen as for the others: a table, needle.json, a heat map."""
     model, tokenizer = load(path, dtype, without_mtp)
 
     from cavelight.plan.table import tokens_of
@@ -108,9 +138,9 @@ def needle(
     if depths < 1 or trials < 1:
         raise UserError("Needles are counted from one", got=f"{depths} depths, {trials} trials")
     chosen = [tokens_of(part) for part in lengths.split(",")] if lengths else steps_to(model.config)
-    with screen(f"{path}: needles in held-out text of {name_of(path, None)}", as_json) as listen:
-        tokens_N = held_out_tokens(path, None, tokenizer, listen).tokens_N[: max(chosen)]
-        text = plain_text(tokenizer, tokens_N.tolist())
+    with screen(f"{path}: needles in held-out text of {name_of(path, corpus)}", as_json) as listen:
+        store = held_out_tokens(path, corpus, tokenizer, listen, text_key)
+        text = plain_text(tokenizer, store.tokens_N[: max(chosen)].tolist())
         results = find_needles(model, tokenizer, text, chosen, depths=depths, trials=trials, on_event=listen)
     found, picture = report_needles(results, model.config, out or beside(path), path.resolve().name)
     if as_json:
