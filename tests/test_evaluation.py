@@ -53,6 +53,13 @@ def test_the_corpus_by_its_path_is_divided_as_the_run_divided_it(
         assert read.tokens_N.tolist() == own.tokens_N.tolist()
 
 
+def test_a_runs_exported_model_is_asked_about_the_runs_text(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    run.model.mkdir()
+    assert data_to_read(run.model, None) == data_to_read(run.path, None) == run.read_recipe().data
+    monkeypatch.chdir(run.model)
+    assert data_to_read(Path(), None) == run.read_recipe().data
+
+
 def test_another_text_key(run: RunFolder, tmp_path: Path) -> None:
     other = str(tmp_path / "b.jsonl")
     assert data_to_read(run.path, other).text_key == "body"

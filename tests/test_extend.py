@@ -75,6 +75,13 @@ def test_a_source_with_yarn_is_no_earlier_phase(run: Path, tmp_path: Path, is_ru
     assert phase(source.path, 64).train.learning_rate == pytest.approx(peak * 7.3e-6 / 2.2e-4)
 
 
+def test_a_runs_exported_model_has_its_recipe(run: Path) -> None:
+    whole, model = phase(run, 64), phase(run / "model", 64)
+    assert model.train == whole.train
+    assert model.data == whole.data
+    assert RunFolder.of(run / "saves") == RunFolder(run / "saves")
+
+
 def test_phases_stand_on_one_another_and_are_done_once(run: Path, tmp_path: Path) -> None:
     told: list[Event] = []
     changes = ["train.steps=2", "train.evaluate_bytes=2000"]

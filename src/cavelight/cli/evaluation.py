@@ -225,10 +225,10 @@ def data_to_read(path: Path, corpus: str | None, text_key: str | None = None) ->
 
 
 def data_of(path: Path) -> DataSection | None:
-    """The data that the run in `path` learns from; None for a checkpoint that is no run."""
+    """The data that the run in `path`, or around it, learns from; None for a checkpoint that is no run's."""
     from cavelight.train.state import RunFolder
 
-    run = RunFolder(path)
+    run = RunFolder.of(path)
     return run.read_recipe().data if run.recipe.is_file() else None
 
 

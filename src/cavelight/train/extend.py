@@ -91,7 +91,7 @@ def phase(source: Path, length: int, changes: Sequence[str] = ()) -> Recipe:
     if yarn is None:
         yarn = Yarn(factor=1, original_max_position_embeddings=config.max_position_embeddings, mscale_all_dim=1.0)
     original = yarn.original_max_position_embeddings
-    folder = RunFolder(source)
+    folder = RunFolder.of(source)
     before = folder.read_recipe() if folder.recipe.is_file() else Recipe(data=DataSection(row_length=original))
     scaling = yarn.model_dump() | {"factor": length / original}
     values = {

@@ -31,6 +31,14 @@ class RunFolder:
 
     path: Path
 
+    @classmethod
+    def of(cls, path: Path) -> "RunFolder":
+        """The run in `path`; or the one around it, where `path` is what a run exports."""
+        run, outer = cls(path), cls(Path(os.path.abspath(path)).parent)
+        exports = [str(outer.model), str(outer.average)]
+        is_export = not run.recipe.is_file() and outer.recipe.is_file() and os.path.abspath(path) in exports
+        return outer if is_export else run
+
     @property
     def recipe(self) -> Path:
         return self.path / "recipe.json"
