@@ -1,6 +1,8 @@
 """A longer context in phases, and what context is worth by position."""
 
 import json
+import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -8,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from cavelight.cli.evaluation import held_out_tokens
 from cavelight.data.corpus import read_corpus
 from cavelight.data.tokenising import tokenize
-from cavelight.data.tokenizer import train_tokenizer
+from cavelight.data.tokenizer import Tokenizer, train_tokenizer
 from cavelight.errors import UserError
 from cavelight.see.context import draw_by_position
 from cavelight.spec.config import ModelConfig
@@ -103,6 +106,29 @@ def test_phases_stand_on_one_another_and_are_done_once(run: Path, tmp_path: Path
         "extended to 128 positions already",
     ]
     assert [result.bits_per_byte for result in repeated] == [result.bits_per_byte for result in results]
+
+
+def test_a_text_that_has_grown_since_is_said_aloud(run: Path, tmp_path: Path) -> None:
+    """A lone file is cut by its size, so that what was learnt from may be held out now."""
+    tokenizer, before, changes = Tokenizer.load(run / "model"), RunFolder(run).read_recipe(), ["train.steps=1"]
+    own = str(tmp_path / "text.txt")
+    shutil.copyfile(run.parent / "text.txt", own)
+    recipe = before.model_copy(update={"data": before.data.model_copy(update={"corpus": own})})
+    train(recipe, tmp_path / "own")
+
+    def said() -> list[str]:
+        told: list[Event] = []
+        held_out_tokens(tmp_path / "own", None, tokenizer, told.append)
+        held_out_tokens(tmp_path / "own" / "model", own, tokenizer, told.append)
+        extend(tmp_path / "own", [64], tmp_path / f"out {len(list(tmp_path.iterdir()))}", changes, told.append)
+        return [event.text for event in told if isinstance(event, Note) and "may have been trained on" in event.text]
+
+    os.utime(own, (0, 0))
+    assert said() == []
+    (tmp_path / "text.txt").write_text(TEXT + TEXT[:9000], encoding="utf-8")
+    (grown, by_path, extended) = said()
+    assert grown == by_path == extended
+    assert grown.startswith(f"{own} is not the text")
 
 
 def test_an_interrupted_phase_is_gone_on_with(run: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from cavelight.cli.progress import screen
 from cavelight.cli.screen import OUT, duration, say_json
 from cavelight.disk import file_beside
 from cavelight.errors import UserError
-from cavelight.spec.events import Event
+from cavelight.spec.events import Event, Note
 from cavelight.spec.recipe import absolute
 from cavelight.spec.sections import DataSection
 
@@ -207,9 +207,13 @@ def held_out_tokens(
     text_key: str | None = None,
 ) -> "TokenStore":
     """Held-out text of `corpus`, or of the run's own, or of the standard library."""
+    from cavelight.train.origin import changed_texts
     from cavelight.train.prepare import held_out, read_corpora
 
-    return held_out(read_corpora(data_to_read(path, corpus, text_key)), tokenizer, listen)[0]
+    corpora = read_corpora(data_to_read(path, corpus, text_key))
+    for sentence in changed_texts(path, corpora):
+        listen(Note(sentence))
+    return held_out(corpora, tokenizer, listen)[0]
 
 
 def data_to_read(path: Path, corpus: str | None, text_key: str | None = None) -> DataSection:

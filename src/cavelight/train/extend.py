@@ -15,6 +15,8 @@ from cavelight.spec.events import Event, Note
 from cavelight.spec.recipe import Recipe
 from cavelight.spec.sections import DataSection
 from cavelight.train.loop import Result, train
+from cavelight.train.origin import changed_texts
+from cavelight.train.prepare import read_corpora
 from cavelight.train.state import RunFolder, read_metrics
 
 STEPS = 1000  # of each phase
@@ -62,6 +64,8 @@ def _train(
         assert yarn is not None
         original = yarn.original_max_position_embeddings
         on_event(Note(f"To {length:,} positions: YaRN with factor {yarn.factor:g} from {original:,}"))
+        for sentence in changed_texts(source, read_corpora(recipe.data)):
+            on_event(Note(sentence))
     return train(recipe, folder.path, on_event, resume=folder.holds_a_run)
 
 

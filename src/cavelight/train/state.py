@@ -53,6 +53,11 @@ class RunFolder:
         return self.path / "sessions.jsonl"
 
     @property
+    def origin(self) -> Path:
+        """What the run was made of when it began: see train.origin."""
+        return self.path / "origin.json"
+
+    @property
     def saves(self) -> Path:
         """Folders step-00000500: see train.checkpoints."""
         return self.path / "saves"
