@@ -108,6 +108,32 @@ def test_phases_stand_on_one_another_and_are_done_once(run: Path, tmp_path: Path
     assert [result.bits_per_byte for result in repeated] == [result.bits_per_byte for result in results]
 
 
+def test_a_phase_that_is_through_by_another_recipe_is_named(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    extend(tmp_path / "run", [64], tmp_path / "out", ["train.steps=1"])
+    with pytest.raises(UserError, match=r"out/64 is extended already.*train.steps = 1 there, 2 asked for"):
+        extend(tmp_path / "run", [64], tmp_path / "out", ["train.steps=2"])
+    with pytest.raises(UserError, match=r"model.rms_norm_eps = None there, 0.1 asked for"):
+        extend(tmp_path / "run", [64, 128], tmp_path / "out", ["train.steps=1", "model.rms_norm_eps=0.1"])
+
+
+def test_a_phase_of_weights_that_were_trained_further_is_named(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    for name, stop_at in (("through", 9), ("stopped", 1)):
+
+        def stop(event: Event, step: int = stop_at) -> None:
+            if isinstance(event, Step) and event.step == step:
+                signal.raise_signal(signal.SIGINT)
+
+        extend(tmp_path / "run", [64], tmp_path / name, ["train.steps=2"], stop)
+    before = RunFolder(tmp_path / "run").read_recipe()
+    longer = before.model_copy(update={"train": before.train.model_copy(update={"steps": 3})})
+    train(longer, tmp_path / "run", resume=True)
+    for name in ("through", "stopped"):
+        with pytest.raises(UserError, match=rf"{name}/64 is a phase of other weights.*after step 2; it is at step 3"):
+            extend(tmp_path / "run", [64], tmp_path / name, ["train.steps=2"])
+
+
 def test_a_text_that_has_grown_since_is_said_aloud(run: Path, tmp_path: Path) -> None:
     """A lone file is cut by its size, so that what was learnt from may be held out now."""
     tokenizer, before, changes = Tokenizer.load(run / "model"), RunFolder(run).read_recipe(), ["train.steps=1"]
