@@ -96,6 +96,10 @@ def test_plan_reads_a_folder(tmp_path: Path) -> None:
             ["train", "demo", "--set", "train.schedule=[{share = 0.5, to = 1.0}]"],
             "The recipe has mistakes. Got: train: the schedule's shares",
         ),
+        (["train", "demo", "--set", "data.corpus="], "The recipe has mistakes. Got: data.corpus"),
+        (["train", "demo", "--set", "data.corpus=[{corpus = ''}]"], "The recipe has mistakes. Got: data.corpus"),
+        (["train", "demo", "--set", "data.tokenizer=''"], "The recipe has mistakes. Got: data.tokenizer"),
+        (["train", "demo", "--set", "model.weights="], "The recipe has mistakes. Got: model.weights"),
         (["train", "demo", "--set", "steps"], "An override reads section.key=value."),
         (["generate", "no-such-folder", "-p", "x"], "There is no folder no-such-folder."),
         (["generate", "no-such-folder", "-p", "x", "--drafts", "many"], "--drafts is a number or auto."),
@@ -121,6 +125,22 @@ def test_a_mistake_gets_a_sentence_and_exit_code_2(arguments: list[str], says: s
     as_json = call(*arguments, "--json")
     assert as_json.exit_code == 2
     assert json.loads(as_json.stdout)["error"].startswith(says)
+
+
+def test_overrides_that_are_no_table(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text("[model]\noverrides = 5\n", encoding="utf-8")
+    for changes in ([], ["--set", "model.hidden_size=8"]):
+        shown = call("train", str(tmp_path / "mine.toml"), *changes)
+        assert shown.exit_code == 2
+        assert "model.overrides" in shown.stderr
+
+
+@pytest.mark.parametrize("content", ["[]", "5", "null", '"text"'])
+def test_a_recipe_json_that_is_no_object(tmp_path: Path, content: str) -> None:
+    (tmp_path / "recipe.json").write_text(content, encoding="utf-8")
+    shown = call("train", "--resume", str(tmp_path))
+    assert shown.exit_code == 2
+    assert "is not a run that can go on. Got: a recipe.json that holds a" in shown.stderr
 
 
 def test_python_m_reports_the_exit_code() -> None:

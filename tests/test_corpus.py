@@ -211,6 +211,11 @@ def test_large_files_are_not_read_through_for_their_names(tmp_path: Path, monkey
     assert read == list("abcdefgh")
 
 
+def test_no_name_is_not_this_folder() -> None:
+    with pytest.raises(UserError, match="No corpus is named"):
+        read_corpus("")
+
+
 def test_held_out_every_one() -> None:
     with pytest.raises(UserError, match="held_out_every 1"):
         read_corpus("anything", held_out_every=1)

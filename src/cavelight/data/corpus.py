@@ -149,6 +149,8 @@ def read_corpus(spec: str, held_out_every: int = 20, text_key: str = "text") -> 
     """
     if spec == "stdlib":
         return stdlib_corpus()
+    if not spec:
+        raise UserError("No corpus is named", got="an empty path", do="name a file, a folder, a glob, or stdlib")
     if held_out_every < 2:
         raise UserError(
             "Nothing would be left to train on", got=f"held_out_every {held_out_every}", do="give 2 or more"

@@ -95,7 +95,7 @@ def _make_absolute(values: dict[str, Any]) -> None:
 
 def absolute(path: str) -> str:
     """`path` as it is seen from anywhere; a corpus' name, and what is not there, as it is."""
-    if path in CORPORA or not (glob.has_magic(path) or Path(path).expanduser().exists()):
+    if path in ("", *CORPORA) or not (glob.has_magic(path) or Path(path).expanduser().exists()):
         return path
     return os.path.abspath(Path(path).expanduser())
 
@@ -129,6 +129,12 @@ def _apply(values: dict[str, Any], override: str) -> None:
         raise UserError(f"{section} is a section of the recipe, not a value", got=str(target), do=f"write [{section}]")
     if section == "model" and name not in ("preset", "weights"):
         target = target.setdefault("overrides", {})
+        if not isinstance(target, dict):
+            raise UserError(
+                "model.overrides is a table, not a value",
+                got=repr(target),
+                do="write overrides = { hidden_size = 256 }",
+            )
         name = name.removeprefix("overrides.")
     target[name] = value
 

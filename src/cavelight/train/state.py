@@ -87,7 +87,10 @@ class RunFolder:
 
     def read_recipe(self) -> Recipe:
         try:
-            return Recipe.build(json.loads(self.recipe.read_text(encoding="utf-8")))
+            values = json.loads(self.recipe.read_text(encoding="utf-8"))
+            if not isinstance(values, dict):
+                raise ValueError(f"a recipe.json that holds a {type(values).__name__}, not an object")
+            return Recipe.build(values)
         except (OSError, ValueError) as error:
             raise UserError(
                 f"{self.path} is not a run that can go on", got=str(error), do="name the folder that train wrote"
