@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cavelight.disk import clear_disk_errors, file_beside
+from cavelight.disk import clear_disk_errors, file_beside, json_lines
 from cavelight.errors import UserError
 from cavelight.model.transformer import Transformer
 from cavelight.spec.recipe import Recipe
@@ -208,11 +208,8 @@ def check_resumable(before: Recipe, now: Recipe) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All whole lines of a metrics.jsonl; a last line that is still being written, or was cut off, is left out."""
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """All whole lines of a metrics.jsonl; UserError for one that is damaged."""
+    return json_lines(path)
 
 
 def _lock(file: int, folder: Path) -> None:
