@@ -14,6 +14,7 @@ from typer.testing import CliRunner, Result
 import cavelight
 from cavelight.cli.main import app
 from cavelight.cli.screen import telling
+from cavelight.errors import UserError
 
 COMMANDS = ("demo", "train", "eval", "generate", "chat", "plan")
 
@@ -125,6 +126,21 @@ def test_a_mistake_gets_a_sentence_and_exit_code_2(arguments: list[str], says: s
     as_json = call(*arguments, "--json")
     assert as_json.exit_code == 2
     assert json.loads(as_json.stdout)["error"].startswith(says)
+
+
+def test_keys_that_may_be_missing_are_taken_out_by_none() -> None:
+    from cavelight.spec.recipe import Recipe
+
+    given = {"data": {"row_length": 64}, "train": {"steps": 5, "minutes": 1.0, "rows_per_microbatch": 4}}
+    changes = ["train.minutes=none", "train.save_every=none", "train.rows_per_microbatch=none", "data.tokenizer=none"]
+    recipe = Recipe.build(given, [*changes, "model.q_lora_rank=none", "train.recompute=none", "model.weights = none"])
+    train = recipe.train
+    assert (train.steps, train.minutes, train.save_every, train.rows_per_microbatch) == (5, None, None, None)
+    assert (recipe.data.tokenizer, recipe.model.weights, recipe.config.q_lora_rank) == (None, None, None)
+    assert train.recompute == "none"
+    for change in ("train.seed=none", "train.nothing=none", "model.hidden_size=none", "nowhere.x=none"):
+        with pytest.raises(UserError, match=r"mistakes|configuration"):
+            _ = Recipe.build(given, [change]).config
 
 
 def test_overrides_that_are_no_table(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import ValidationError
 
@@ -115,7 +115,7 @@ def _parse(path: Path) -> dict[str, Any]:
 
 
 def _apply(values: dict[str, Any], override: str) -> None:
-    """`train.steps=200`: the value in TOML's notation, or a bare word."""
+    """`train.steps=200`: the value in TOML's notation, or a bare word; `none` for a key that may be missing."""
     key, equals, text = override.partition("=")
     section, dot, name = key.strip().partition(".")
     if not (equals and dot and name):
@@ -136,7 +136,17 @@ def _apply(values: dict[str, Any], override: str) -> None:
                 do="write overrides = { hidden_size = 256 }",
             )
         name = name.removeprefix("overrides.")
-    target[name] = value
+        optional = _is_optional(ModelConfig, name)
+    else:
+        kind = Recipe.model_fields[section].annotation if section in Recipe.model_fields else None
+        optional = _is_optional(kind, name)
+    target[name] = None if optional and text.strip() == "none" else value
+
+
+def _is_optional(kind: Any, name: str) -> bool:
+    """Whether a field of this model may be None."""
+    field = kind.model_fields.get(name) if kind else None
+    return field is not None and type(None) in get_args(field.annotation)
 
 
 def _sentences(error: ValidationError) -> str:
