@@ -47,6 +47,14 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not(
     assert_same(whole, killed)
 
 
+def test_an_average_that_is_kept_no_more_leaves_no_export(recipe: Recipe, tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    loop.train(changed(recipe, steps=3, ema_decay=0.9), folder.path)
+    assert folder.average.is_dir()
+    loop.train(changed(recipe, steps=4), folder.path, resume=True)
+    assert folder.model.is_dir() and not folder.average.exists()
+
+
 def test_random_numbers_drawn_in_training_go_on_too_and_the_callers_are_left_alone(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
