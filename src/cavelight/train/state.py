@@ -175,18 +175,23 @@ def plain_model(snapshot: Snapshot, file: str, like: Transformer) -> Transformer
     return plain
 
 
-def fingerprint(data: Prepared) -> str:
-    """Of the tokenizer, and of the lengths of all documents to be learnt from, in bytes and in tokens."""
+def fingerprint(data: Prepared, with_checksums: bool = True) -> str:
+    """Of the tokenizer, of the lengths of all documents to be learnt from, in bytes and in tokens, and of the tokens.
+
+    Of these the stores know checksums, so that they need not be read. Early saves were without.
+    """
     made_of = sha256(data.tokenizer.fingerprint.encode())
     for store in data.train.stores:
         made_of.update(store.bytes_M.data)
         made_of.update(store.starts_M1.data)
+        if with_checksums:
+            made_of.update(repr(store.checksums).encode())
     return made_of.hexdigest()
 
 
 def check_same_data(before: Progress, data: Prepared) -> None:
     """Raise UserError if the text has changed since: row numbers, and perhaps token ids, would mean something else."""
-    if before.data not in ("", fingerprint(data)):  # an early save does not say
+    if before.data not in ("", fingerprint(data), fingerprint(data, with_checksums=False)):  # early saves say less
         raise UserError(
             "The text is not the one that the run began with",
             got="a corpus, or a tokenizer trained on it, that has changed since the last save",
