@@ -14,6 +14,7 @@ from typer.testing import CliRunner, Result
 import cavelight
 from cavelight.cli.main import app
 from cavelight.cli.screen import telling
+from cavelight.errors import UserError
 
 COMMANDS = ("demo", "train", "eval", "generate", "chat", "plan")
 
@@ -96,12 +97,24 @@ def test_plan_reads_a_folder(tmp_path: Path) -> None:
             ["train", "demo", "--set", "train.schedule=[{share = 0.5, to = 1.0}]"],
             "The recipe has mistakes. Got: train: the schedule's shares",
         ),
+        (["train", "demo", "--set", "data.corpus="], "The recipe has mistakes. Got: data.corpus"),
+        (["train", "demo", "--set", "data.corpus=[{corpus = ''}]"], "The recipe has mistakes. Got: data.corpus"),
+        (["train", "demo", "--set", "data.tokenizer=''"], "The recipe has mistakes. Got: data.tokenizer"),
+        (["train", "demo", "--set", "model.weights="], "The recipe has mistakes. Got: model.weights"),
         (["train", "demo", "--set", "steps"], "An override reads section.key=value."),
         (["generate", "no-such-folder", "-p", "x"], "There is no folder no-such-folder."),
         (["generate", "no-such-folder", "-p", "x", "--drafts", "many"], "--drafts is a number or auto."),
         (["generate", "no-such-folder", "-p", "x", "--dtype", "int3"], "There is no such type of number here."),
         (["chat", "no-such-folder"], "There is no folder no-such-folder."),
         (["eval", "no-such-folder"], "There is no folder no-such-folder."),
+        (["eval", "m", "--needle", "--by-position"], "eval does one thing at a time. Got: --by-position and --needle."),
+        (["eval", "m", "--tasks", "arc_easy", "--needle"], "eval does one thing at a time."),
+        (["eval", "m", "--tasks", "arc_easy", "--data", "x", "--out", "y"], "--data, --out would do nothing here."),
+        (["eval", "m", "--by-position", "--lengths", "4k"], "--lengths would do nothing here."),
+        (["eval", "m", "--depths", "5"], "--depths would do nothing here. Got: --depths with held-out text."),
+        (["eval", "m", "--needle", "--shots", "2"], "--shots would do nothing here."),
+        (["eval", "m", "--limit", "2"], "--limit would do nothing here."),
+        (["eval", "m", "--text-key", "body"], "--text-key is for the text that --data names."),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
@@ -113,6 +126,37 @@ def test_a_mistake_gets_a_sentence_and_exit_code_2(arguments: list[str], says: s
     as_json = call(*arguments, "--json")
     assert as_json.exit_code == 2
     assert json.loads(as_json.stdout)["error"].startswith(says)
+
+
+def test_keys_that_may_be_missing_are_taken_out_by_none() -> None:
+    from cavelight.spec.recipe import Recipe
+
+    given = {"data": {"row_length": 64}, "train": {"steps": 5, "minutes": 1.0, "rows_per_microbatch": 4}}
+    changes = ["train.minutes=none", "train.save_every=none", "train.rows_per_microbatch=none", "data.tokenizer=none"]
+    recipe = Recipe.build(given, [*changes, "model.q_lora_rank=none", "train.recompute=none", "model.weights = none"])
+    train = recipe.train
+    assert (train.steps, train.minutes, train.save_every, train.rows_per_microbatch) == (5, None, None, None)
+    assert (recipe.data.tokenizer, recipe.model.weights, recipe.config.q_lora_rank) == (None, None, None)
+    assert train.recompute == "none"
+    for change in ("train.seed=none", "train.nothing=none", "model.hidden_size=none", "nowhere.x=none"):
+        with pytest.raises(UserError, match=r"mistakes|configuration"):
+            _ = Recipe.build(given, [change]).config
+
+
+def test_overrides_that_are_no_table(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text("[model]\noverrides = 5\n", encoding="utf-8")
+    for changes in ([], ["--set", "model.hidden_size=8"]):
+        shown = call("train", str(tmp_path / "mine.toml"), *changes)
+        assert shown.exit_code == 2
+        assert "model.overrides" in shown.stderr
+
+
+@pytest.mark.parametrize("content", ["[]", "5", "null", '"text"'])
+def test_a_recipe_json_that_is_no_object(tmp_path: Path, content: str) -> None:
+    (tmp_path / "recipe.json").write_text(content, encoding="utf-8")
+    shown = call("train", "--resume", str(tmp_path))
+    assert shown.exit_code == 2
+    assert "is not a run that can go on. Got: a recipe.json that holds a" in shown.stderr
 
 
 def test_python_m_reports_the_exit_code() -> None:

@@ -159,6 +159,16 @@ def test_the_fingerprint_minds_what_a_file_begins_with(tmp_path: Path) -> None:
     assert found[0] != found[1]
 
 
+def test_what_a_corpus_holds_is_the_same_of_a_copy(tmp_path: Path) -> None:
+    one, other = (folder_of(tmp_path / name, {"a": "1", "b": "2"}) for name in ("one", "other"))
+    os.utime(other / "a", ns=(0, 0))
+    content = read_corpus(str(one)).content
+    assert read_corpus(str(other)).content == content
+    assert read_corpus(str(one), held_out_every=3).content != content
+    folder_of(other, {"b": "3"})
+    assert read_corpus(str(other)).content != content
+
+
 @pytest.mark.parametrize(
     ("files", "spec", "message"),
     [
@@ -199,6 +209,11 @@ def test_large_files_are_not_read_through_for_their_names(tmp_path: Path, monkey
     folder_of(tmp_path, dict.fromkeys("abcdefgh", "line\n" * 100))
     read_corpus(str(tmp_path), held_out_every=10**9)
     assert read == list("abcdefgh")
+
+
+def test_no_name_is_not_this_folder() -> None:
+    with pytest.raises(UserError, match="No corpus is named"):
+        read_corpus("")
 
 
 def test_held_out_every_one() -> None:

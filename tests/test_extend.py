@@ -1,5 +1,8 @@
 """A longer context in phases, and what context is worth by position."""
 
+import json
+import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -7,14 +10,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from cavelight.cli.evaluation import held_out_tokens
 from cavelight.data.corpus import read_corpus
 from cavelight.data.tokenising import tokenize
-from cavelight.data.tokenizer import train_tokenizer
+from cavelight.data.tokenizer import Tokenizer, train_tokenizer
 from cavelight.errors import UserError
 from cavelight.see.context import draw_by_position
 from cavelight.spec.config import ModelConfig
 from cavelight.spec.events import Event, Note, Step
 from cavelight.spec.recipe import Recipe
+from cavelight.spec.sections import TrainSection
 from cavelight.train.evaluate import loss_by_position
 from cavelight.train.extend import extend, length_name, phase
 from cavelight.train.loop import train
@@ -58,6 +63,28 @@ def test_a_phase_is_the_reports(run: Path) -> None:
     assert settings.mtp_weight == 0.1
 
 
+@pytest.mark.parametrize("is_run", [True, False], ids=["pre-training with a factor of 1", "a checkpoint of its own"])
+def test_a_source_with_yarn_is_no_earlier_phase(run: Path, tmp_path: Path, is_run: bool) -> None:
+    yarn = {"factor": 1.0, "original_max_position_embeddings": ORIGINAL, "mscale_all_dim": 1.0}
+    before = RunFolder(run).read_recipe().model_dump()
+    before["model"]["overrides"] |= {"rope_scaling": yarn}
+    recipe, source = Recipe.build(before), RunFolder(tmp_path / "source")
+    folder = source.model if is_run else source.path
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(recipe.config.to_hf()), encoding="utf-8")
+    if is_run:
+        source.write_recipe(recipe)
+    peak = recipe.train.learning_rate if is_run else TrainSection().learning_rate
+    assert phase(source.path, 64).train.learning_rate == pytest.approx(peak * 7.3e-6 / 2.2e-4)
+
+
+def test_a_runs_exported_model_has_its_recipe(run: Path) -> None:
+    whole, model = phase(run, 64), phase(run / "model", 64)
+    assert model.train == whole.train
+    assert model.data == whole.data
+    assert RunFolder.of(run / "saves") == RunFolder(run / "saves")
+
+
 def test_phases_stand_on_one_another_and_are_done_once(run: Path, tmp_path: Path) -> None:
     told: list[Event] = []
     changes = ["train.steps=2", "train.evaluate_bytes=2000"]
@@ -79,6 +106,55 @@ def test_phases_stand_on_one_another_and_are_done_once(run: Path, tmp_path: Path
         "extended to 128 positions already",
     ]
     assert [result.bits_per_byte for result in repeated] == [result.bits_per_byte for result in results]
+
+
+def test_a_phase_that_is_through_by_another_recipe_is_named(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    extend(tmp_path / "run", [64], tmp_path / "out", ["train.steps=1"])
+    with pytest.raises(UserError, match=r"out/64 is extended already.*train.steps = 1 there, 2 asked for"):
+        extend(tmp_path / "run", [64], tmp_path / "out", ["train.steps=2"])
+    with pytest.raises(UserError, match=r"model.rms_norm_eps = None there, 0.1 asked for"):
+        extend(tmp_path / "run", [64, 128], tmp_path / "out", ["train.steps=1", "model.rms_norm_eps=0.1"])
+
+
+def test_a_phase_of_weights_that_were_trained_further_is_named(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    for name, stop_at in (("through", 9), ("stopped", 1)):
+
+        def stop(event: Event, step: int = stop_at) -> None:
+            if isinstance(event, Step) and event.step == step:
+                signal.raise_signal(signal.SIGINT)
+
+        extend(tmp_path / "run", [64], tmp_path / name, ["train.steps=2"], stop)
+    before = RunFolder(tmp_path / "run").read_recipe()
+    longer = before.model_copy(update={"train": before.train.model_copy(update={"steps": 3})})
+    train(longer, tmp_path / "run", resume=True)
+    for name in ("through", "stopped"):
+        with pytest.raises(UserError, match=rf"{name}/64 is a phase of other weights.*after step 2; it is at step 3"):
+            extend(tmp_path / "run", [64], tmp_path / name, ["train.steps=2"])
+
+
+def test_a_text_that_has_grown_since_is_said_aloud(run: Path, tmp_path: Path) -> None:
+    """A lone file is cut by its size, so that what was learnt from may be held out now."""
+    tokenizer, before, changes = Tokenizer.load(run / "model"), RunFolder(run).read_recipe(), ["train.steps=1"]
+    own = str(tmp_path / "text.txt")
+    shutil.copyfile(run.parent / "text.txt", own)
+    recipe = before.model_copy(update={"data": before.data.model_copy(update={"corpus": own})})
+    train(recipe, tmp_path / "own")
+
+    def said() -> list[str]:
+        told: list[Event] = []
+        held_out_tokens(tmp_path / "own", None, tokenizer, told.append)
+        held_out_tokens(tmp_path / "own" / "model", own, tokenizer, told.append)
+        extend(tmp_path / "own", [64], tmp_path / f"out {len(list(tmp_path.iterdir()))}", changes, told.append)
+        return [event.text for event in told if isinstance(event, Note) and "may have been trained on" in event.text]
+
+    os.utime(own, (0, 0))
+    assert said() == []
+    (tmp_path / "text.txt").write_text(TEXT + TEXT[:9000], encoding="utf-8")
+    (grown, by_path, extended) = said()
+    assert grown == by_path == extended
+    assert grown.startswith(f"{own} is not the text")
 
 
 def test_an_interrupted_phase_is_gone_on_with(run: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from cavelight.model.transformer import Transformer
 from cavelight.run.cache import CachedAttend, LatentCache
 from cavelight.spec.config import ModelConfig
 from cavelight.train import passage
-from cavelight.train.needle import find_needles, haystack
+from cavelight.train.needle import find_needles, haystack, plain_text
 from cavelight.train.passage import hidden_of, tokens_at_once
 
 from .reference.tiny import tiny
@@ -103,6 +103,42 @@ def test_a_haystack_holds_each_needle_at_its_depth_between_whole_lines() -> None
         assert sum(line.startswith(BEGINNING) for line in lines) == 12
         for number, fact in enumerate(hidden):
             assert abs(text.index(fact.line) / len(text) - (number // 3 + 0.5) / 4) < 0.125 + 0.05
+
+
+WORDS = "".join(islice((line for line in stream(Random(4), 512) if not line.startswith(BEGINNING)), 500))
+CODE = "".join(f"def f{n}():\n" + "".join(f"    x = {i * n};\n" for i in range(60)) for n in range(20))
+LONG = {
+    "no line ends": WORDS.replace("\n", " "),
+    "no spaces": "".join(WORDS.split()),
+    "characters of several bytes": "".join(chr(0x4E00 + n * n % 999) for n in range(3000)),
+    "indented lines": CODE,
+    "one long line among others": WORDS[:3000] + "x" * 9000 + "\n" + WORDS[:3000],
+}
+
+
+@pytest.mark.parametrize("text", LONG.values(), ids=LONG)
+def test_a_haystack_without_usual_lines_is_as_long_and_parts_no_character(text: str) -> None:
+    hidden, hay = facts(Random(0), 8), TOKENIZER.encode(text)
+    for seed in range(5):
+        tokens = haystack(TOKENIZER, hay, hidden, 4, 1500, Random(seed))
+        assert 1500 * 7 / 8 < len(tokens) <= 1500
+        told = TOKENIZER.decode(tokens)
+        assert "\ufffd" not in told[1:-1]  # the ring begins anywhere
+        for number, fact in enumerate(hidden):
+            place = told.index(fact.line)
+            assert place == 0 or told[:place].rstrip(" ").endswith("\n")
+            depth = len(TOKENIZER.encode(told[:place])) / len(tokens)
+            assert abs(depth - (number // 2 + 0.5) / 4) < 0.125 + 0.1
+
+
+def test_no_control_token_is_in_the_text() -> None:
+    tokens = [TOKENIZER.bos_id, *TOKENIZER.encode("one"), TOKENIZER.eos_id, TOKENIZER.bos_id]
+    assert plain_text(TOKENIZER, [*tokens, *TOKENIZER.encode("two\n"), TOKENIZER.eos_id]) == "one\ntwo\n"
+
+
+def test_text_of_nothing_but_facts() -> None:
+    with pytest.raises(UserError, match="no text to hide needles in"):
+        find_needles(cast(Transformer, Reader(sight=100)), TOKENIZER, facts(Random(0), 1)[0].line, [1000])
 
 
 def test_who_sees_everything_finds_every_needle() -> None:

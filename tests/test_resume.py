@@ -13,7 +13,8 @@ from cavelight.spec.events import Event, Note, Step
 from cavelight.spec.recipe import Recipe
 from cavelight.train import loop, step
 from cavelight.train.checkpoints import folder_of, saved_steps
-from cavelight.train.state import RunFolder
+from cavelight.train.prepare import prepare
+from cavelight.train.state import Progress, RunFolder, check_same_data, fingerprint
 
 from .runs import Crash, assert_same, changed, corpus, crash_after, lines, recipe
 
@@ -45,6 +46,14 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not(
     again = loop.train(recipe, killed, resume=True)  # a finished run is evaluated again and told the same
     assert again.bits_per_byte == result.bits_per_byte
     assert_same(whole, killed)
+
+
+def test_an_average_that_is_kept_no_more_leaves_no_export(recipe: Recipe, tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    loop.train(changed(recipe, steps=3, ema_decay=0.9), folder.path)
+    assert folder.average.is_dir()
+    loop.train(changed(recipe, steps=4), folder.path, resume=True)
+    assert folder.model.is_dir() and not folder.average.exists()
 
 
 def test_random_numbers_drawn_in_training_go_on_too_and_the_callers_are_left_alone(
@@ -129,6 +138,25 @@ def test_a_corpus_that_has_changed_is_told(recipe: Recipe, own: bool, corpus: Pa
     with pytest.raises(UserError, match="not the one that the run began with"):
         loop.train(changed(recipe, steps=4), tmp_path / "run", resume=True)
     assert saved_steps(RunFolder(tmp_path / "run").saves) == [2, 3]
+
+
+def test_a_text_of_the_same_lengths_is_told_apart(recipe: Recipe, corpus: Path, tmp_path: Path) -> None:
+    """By the stores' checksums; a save of an earlier version knows lengths alone and is taken."""
+    texts = tmp_path / "texts"
+    shutil.copytree(corpus, texts)
+    loop.train(changed(recipe, steps=2), tmp_path / "first")
+    changes = [f"data.corpus={texts}", f"data.tokenizer={tmp_path / 'first' / 'model'}"]
+    recipe = Recipe.build(recipe.model_dump(), [*changes, "data.fim_rate=0.0", "data.split_line_ends=0.0"])
+    before = prepare(recipe, lambda event: None)
+    text = (texts / "1.txt").read_text()
+    (texts / "1.txt").write_text("\n".join(reversed(text.split("\n"))))
+    after = prepare(recipe, lambda event: None)
+    early = fingerprint(before, with_checksums=False)
+    assert early == fingerprint(after, with_checksums=False)
+    check_same_data(Progress(data=fingerprint(before)), before)
+    check_same_data(Progress(data=early), before)
+    with pytest.raises(UserError, match="not the one that the run began with"):
+        check_same_data(Progress(data=fingerprint(before)), after)
 
 
 def test_two_processes_do_not_train_in_one_folder(recipe: Recipe, tmp_path: Path) -> None:

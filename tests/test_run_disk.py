@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from cavelight.cli.main import app
 from cavelight.data.batches import Batch, Batches
 from cavelight.errors import UserError
 from cavelight.spec.events import Evaluated, Event, Note, Sampled, Saved, Step
@@ -134,3 +136,18 @@ def test_a_run_says_what_it_does(recipe: Recipe, tmp_path: Path) -> None:
         if line["kind"] == "evaluated":
             assert 0 < line["average_bits_per_byte"] < 10
     assert sum(isinstance(event, Sampled) for event in heard) == 2  # one a look, and none twice at the last step
+
+
+@pytest.mark.parametrize("damage", [b'{"step": 2, "lo', b"\x00\x00\x00", b"[1]", b"", b'{"step": "\xff"}'])
+def test_a_damaged_line_of_a_log_is_named_and_a_last_one_that_is_not_ended_left_out(
+    damage: bytes, tmp_path: Path
+) -> None:
+    log = tmp_path / "metrics.jsonl"
+    log.write_bytes(b'{"step": 1}\n' + damage)
+    assert read_metrics(log) == [{"step": 1}]
+    log.write_bytes(b'{"step": 1}\n' + damage + b'\n{"step": 3}\n')
+    with pytest.raises(UserError, match=r"metrics.jsonl:2 is damaged"):
+        read_metrics(log)
+    shown = CliRunner().invoke(app, ["look", str(tmp_path)])
+    assert shown.exit_code == 2
+    assert "metrics.jsonl:2 is damaged" in shown.stderr

@@ -253,6 +253,25 @@ def test_weights_of_zero_are_a_step_without_these_parts(monkeypatch: pytest.Monk
     assert not stepped.result.counts[-1].any() and torch.equal(stepped.after[bias], before[bias])
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_what_no_loss_reaches_rests_whatever_its_momentum(optimizer: str) -> None:
+    """MTP modules at a lambda of 0, after steps at another."""
+    config = CONFIGS["v3, one module"]
+    recipe = RECIPE.model_copy(update={"optimizer": optimizer, "mtp_weight_late": 0.0, "mtp_late_from": 0.5})
+    model, batch = our_model(config, weights_of("v3, one module")), our_batch(rows_of(config), config, False)
+    kept = Optimizer(model, recipe)
+    written = [deepcopy(dict(model.named_parameters()))]
+    for step, progress in enumerate((0.0, 0.1, 0.6, 0.7)):
+        train_step(model, kept, [batch], recipe, step, progress)
+        written.append(deepcopy(dict(model.named_parameters())))
+    begun, _, learnt, _, rested = written
+    for name, weight in rested.items():
+        assert not torch.equal(begun[name], learnt[name]), name
+        assert torch.equal(weight, learnt[name]) == name.startswith("mtp."), name
+    train_step(model, kept, [batch], recipe, 4, 0.2)
+    assert not torch.equal(dict(model.named_parameters())["mtp.0.eh_proj.weight"], rested["mtp.0.eh_proj.weight"])
+
+
 def test_what_changes_in_the_course_of_a_run_reaches_the_step() -> None:
     """From 14.3T of 14.8T tokens on biases stand still; lambda is 0.1 and the rate a tenth of its peak by then."""
     name = "v3, one module"

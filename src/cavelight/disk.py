@@ -4,11 +4,13 @@ A full disk, Ctrl-C or a crash leaves whatever stood there before as it was.
 """
 
 import errno
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from cavelight.errors import UserError
 
@@ -61,6 +63,25 @@ def checkpoint_folder(path: str | Path) -> Path:
     folder = Path(path)
     inside = folder / "model"
     return inside if (inside / "config.json").is_file() and not (folder / "config.json").exists() else folder
+
+
+def json_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects in a log, one a line; none where there is no log. A last line that is not ended is left out.
+
+    It is still being written, or was cut off. Raises UserError for any other line that is damaged.
+    """
+    if not path.is_file():
+        return []
+    found = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+        try:
+            found.append(json.loads(line))
+            if not isinstance(found[-1], dict):
+                raise ValueError(f"a {type(found[-1]).__name__}, not an object")
+        except ValueError as error:
+            do = "put the line right, or take it out"
+            raise UserError(f"{path}:{number} is damaged", got=str(error), do=do) from error
+    return found
 
 
 @contextmanager

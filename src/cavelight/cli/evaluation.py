@@ -14,7 +14,8 @@ from cavelight.cli.progress import screen
 from cavelight.cli.screen import OUT, duration, say_json
 from cavelight.disk import file_beside
 from cavelight.errors import UserError
-from cavelight.spec.events import Event
+from cavelight.spec.events import Event, Note
+from cavelight.spec.recipe import absolute
 from cavelight.spec.sections import DataSection
 
 if TYPE_CHECKING:
@@ -26,8 +27,38 @@ if TYPE_CHECKING:
 ROW_LENGTH = 512  # tokens of context at most, for checkpoints that come without the recipe of their run
 SHORTEST = 512  # of the haystacks that are tried unless told, a quarter of the next one each
 
+MEANT_FOR = {  # what each way of evaluating minds of the options that not all of them do
+    "held-out text": ("--data", "--text-key"),
+    "--by-position": ("--data", "--text-key", "--out"),
+    "--needle": ("--data", "--text-key", "--lengths", "--depths", "--trials", "--out"),
+    "--tasks": ("--shots", "--limit", "--include"),
+}
 
-def evaluate(path: Path, corpus: str | None, dtype: str, without_mtp: bool, as_json: bool) -> None:
+
+def check_options(wanted: Mapping[str, bool], options: Mapping[str, object]) -> None:
+    """UserError for more than one way of evaluating, and for options that the one asked for does not mind.
+
+    wanted: whether each way is asked for; options: their values, None where not given.
+    """
+    ways = [way for way, asked in wanted.items() if asked] or ["held-out text"]
+    if len(ways) > 1:
+        raise UserError("eval does one thing at a time", got=" and ".join(ways), do="call it once for each")
+    given = [option for option, value in options.items() if value is not None]
+    idle = [option for option in given if option not in MEANT_FOR[ways[0]]]
+    if idle:
+        others = [way for way, minded in MEANT_FOR.items() if idle[0] in minded]
+        raise UserError(
+            f"{', '.join(idle)} would do nothing here",
+            got=f"{', '.join(idle)} with {ways[0]}",
+            do=f"leave it out; {idle[0]} is for {' or '.join(others)}",
+        )
+    if "--text-key" in given and "--data" not in given:
+        raise UserError("--text-key is for the text that --data names", do="name it, or leave --text-key out")
+
+
+def evaluate(
+    path: Path, corpus: str | None, text_key: str | None, dtype: str, without_mtp: bool, as_json: bool
+) -> None:
     """The run's own corpus and row length unless `corpus` names another; the standard library where there is no run."""
     model, tokenizer = load(path, dtype, without_mtp)
 
@@ -40,7 +71,7 @@ def evaluate(path: Path, corpus: str | None, dtype: str, without_mtp: bool, as_j
     row_length = data.row_length if data else min(ROW_LENGTH, model.config.max_position_embeddings)
     began = time.monotonic()
     with screen(f"{path} on held-out text of {name_of(path, corpus)}", as_json) as listen:
-        store = held_out_tokens(path, corpus, tokenizer, listen)
+        store = held_out_tokens(path, corpus, tokenizer, listen, text_key)
         bits = held_out_bits_per_byte(model, store, row_length, None, listen, Workers(torch.get_num_threads()))
     size, seconds = int(store.bytes_M.sum()), time.monotonic() - began
     if as_json:
@@ -49,7 +80,15 @@ def evaluate(path: Path, corpus: str | None, dtype: str, without_mtp: bool, as_j
     OUT.print(f"[bold]{bits:.4f} bits per byte[/] on {size:,} bytes ({len(store):,} tokens), in {duration(seconds)}")
 
 
-def by_position(path: Path, corpus: str | None, out: Path | None, dtype: str, without_mtp: bool, as_json: bool) -> None:
+def by_position(
+    path: Path,
+    corpus: str | None,
+    text_key: str | None,
+    out: Path | None,
+    dtype: str,
+    without_mtp: bool,
+    as_json: bool,
+) -> None:
     """What context is worth, up to the model's longest: a table, by-position.json and a figure."""
     model, tokenizer = load(path, dtype, without_mtp)
 
@@ -57,7 +96,7 @@ def by_position(path: Path, corpus: str | None, out: Path | None, dtype: str, wi
     from cavelight.train.evaluate import loss_by_position
 
     with screen(f"{path} by position, on held-out text of {name_of(path, corpus)}", as_json) as listen:
-        store = held_out_tokens(path, corpus, tokenizer, listen)
+        store = held_out_tokens(path, corpus, tokenizer, listen, text_key)
         length = min(model.config.max_position_embeddings, len(store) - 1)
         buckets = loss_by_position(model, tokenizer, store, length, on_event=listen)
     rows = [{**asdict(bucket), "loss": bucket.loss, "bits_per_byte": bucket.bits_per_byte} for bucket in buckets]
@@ -80,6 +119,8 @@ def by_position(path: Path, corpus: str | None, out: Path | None, dtype: str, wi
 
 def needle(
     path: Path,
+    corpus: str | None,
+    text_key: str | None,
     lengths: str | None,
     depths: int,
     trials: int,
@@ -88,18 +129,18 @@ def needle(
     without_mtp: bool,
     as_json: bool,
 ) -> None:
-    """Needles in held-out text of the run's corpus, or of the standard library: a table, needle.json, a heat map."""
+    """Needles in held-out text, chosen as for the others: a table, needle.json, a heat map."""
     model, tokenizer = load(path, dtype, without_mtp)
 
     from cavelight.plan.table import tokens_of
-    from cavelight.train.needle import find_needles
+    from cavelight.train.needle import find_needles, plain_text
 
     if depths < 1 or trials < 1:
         raise UserError("Needles are counted from one", got=f"{depths} depths, {trials} trials")
     chosen = [tokens_of(part) for part in lengths.split(",")] if lengths else steps_to(model.config)
-    with screen(f"{path}: needles in held-out text of {name_of(path, None)}", as_json) as listen:
-        tokens_N = held_out_tokens(path, None, tokenizer, listen).tokens_N[: max(chosen)]
-        text = tokenizer.decode(tokens_N.tolist())
+    with screen(f"{path}: needles in held-out text of {name_of(path, corpus)}", as_json) as listen:
+        store = held_out_tokens(path, corpus, tokenizer, listen, text_key)
+        text = plain_text(tokenizer, store.tokens_N[: max(chosen)].tolist())
         results = find_needles(model, tokenizer, text, chosen, depths=depths, trials=trials, on_event=listen)
     found, picture = report_needles(results, model.config, out or beside(path), path.resolve().name)
     if as_json:
@@ -159,20 +200,39 @@ def steps_to(config: "ModelConfig") -> list[int]:
 
 
 def held_out_tokens(
-    path: Path, corpus: str | None, tokenizer: "Tokenizer", listen: Callable[[Event], None]
+    path: Path,
+    corpus: str | None,
+    tokenizer: "Tokenizer",
+    listen: Callable[[Event], None],
+    text_key: str | None = None,
 ) -> "TokenStore":
     """Held-out text of `corpus`, or of the run's own, or of the standard library."""
+    from cavelight.train.origin import changed_texts
     from cavelight.train.prepare import held_out, read_corpora
 
-    data = DataSection(corpus=corpus) if corpus else data_of(path) or DataSection()
-    return held_out(read_corpora(data), tokenizer, listen)[0]
+    corpora = read_corpora(data_to_read(path, corpus, text_key))
+    for sentence in changed_texts(path, corpora):
+        listen(Note(sentence))
+    return held_out(corpora, tokenizer, listen)[0]
+
+
+def data_to_read(path: Path, corpus: str | None, text_key: str | None = None) -> DataSection:
+    """The run's own data; `corpus` is divided and read by the run's rules, else text that it learnt is held out."""
+    own = data_of(path) or DataSection()
+    if corpus is None:
+        return own
+    corpus = absolute(corpus)
+    keys = {source.text_key for source in own.sources if source.corpus == corpus}
+    keys = keys or {source.text_key for source in own.sources}
+    key = text_key or (keys.pop() if len(keys) == 1 else own.text_key)
+    return own.model_copy(update={"corpus": corpus, "text_key": key})
 
 
 def data_of(path: Path) -> DataSection | None:
-    """The data that the run in `path` learns from; None for a checkpoint that is no run."""
+    """The data that the run in `path`, or around it, learns from; None for a checkpoint that is no run's."""
     from cavelight.train.state import RunFolder
 
-    run = RunFolder(path)
+    run = RunFolder.of(path)
     return run.read_recipe().data if run.recipe.is_file() else None
 
 

@@ -16,10 +16,11 @@ def extend(run: Path, to: Sequence[str], changes: Sequence[str], out: Path | Non
     """Each phase is a run's folder in `out`, RUN/extended unless told. Leaves with 130 if Ctrl-C ended it."""
     from cavelight.plan.table import tokens_of
     from cavelight.train.extend import extend as extend_run
+    from cavelight.train.state import RunFolder
 
     lengths = [tokens_of(length) for length in to]
     with screen(f"extending {run} to {', '.join(to)}", as_json) as listen:
-        results = extend_run(run, lengths, out or run / "extended", changes, listen)
+        results = extend_run(run, lengths, out or RunFolder.of(run).path / "extended", changes, listen)
     for result in results:
         if as_json:
             say_json({"kind": "result", **asdict(result)})

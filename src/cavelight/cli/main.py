@@ -108,6 +108,10 @@ def evaluate(
             "--data", metavar="PATH", help="File, folder or glob whose held-out part is read; else the run's."
         ),
     ] = None,
+    text_key: Annotated[
+        str | None,
+        typer.Option(metavar="KEY", help="Where JSONL or Parquet of --data holds its text; the run's unless told."),
+    ] = None,
     by_position: Annotated[
         bool, typer.Option("--by-position", help="Bits per byte by the position in the context, with a figure.")
     ] = False,
@@ -117,8 +121,12 @@ def evaluate(
     lengths: Annotated[
         str | None, typer.Option(metavar="N,N", help="Contexts of --needle, as in 4k,32k; up to the model's longest.")
     ] = None,
-    depths: Annotated[int, typer.Option(metavar="N", help="Depths of --needle, evenly from first to last.")] = 10,
-    trials: Annotated[int, typer.Option(metavar="N", help="Needles at each length and depth.")] = 10,
+    depths: Annotated[
+        int | None, typer.Option(metavar="N", help="Depths of --needle, evenly from first to last; 10 unless told.")
+    ] = None,
+    trials: Annotated[
+        int | None, typer.Option(metavar="N", help="Needles at each length and depth; 10 unless told.")
+    ] = None,
     tasks: Annotated[
         str | None, typer.Option(metavar="NAME,NAME", help="Tasks of lm-evaluation-harness, as in arc_easy,hellaswag.")
     ] = None,
@@ -140,20 +148,24 @@ def evaluate(
     from cavelight.cli.screen import telling
 
     with telling(as_json):
+        from cavelight.cli import evaluation as command
+
+        wanted = {"--by-position": by_position, "--needle": needle, "--tasks": tasks is not None}
+        text = {"--data": corpus, "--text-key": text_key, "--out": out}
+        needles = {"--lengths": lengths, "--depths": depths, "--trials": trials}
+        command.check_options(wanted, text | needles | {"--shots": shots, "--limit": limit, "--include": include})
         if tasks is not None:
             from cavelight.cli import tasks as harness
 
             names = [name.strip() for name in tasks.split(",")]
             harness.tasks(model, names, limit, include, shots, dtype, without_mtp, as_json)
-            return
-        from cavelight.cli import evaluation as command
-
-        if needle:
-            command.needle(model, lengths, depths, trials, out, dtype, without_mtp, as_json)
+        elif needle:
+            numbers = (10 if depths is None else depths, 10 if trials is None else trials)
+            command.needle(model, corpus, text_key, lengths, *numbers, out, dtype, without_mtp, as_json)
         elif by_position:
-            command.by_position(model, corpus, out, dtype, without_mtp, as_json)
+            command.by_position(model, corpus, text_key, out, dtype, without_mtp, as_json)
         else:
-            command.evaluate(model, corpus, dtype, without_mtp, as_json)
+            command.evaluate(model, corpus, text_key, dtype, without_mtp, as_json)
 
 
 @app.command()

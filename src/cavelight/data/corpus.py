@@ -101,12 +101,17 @@ class Documents:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Training and held-out documents. `fingerprint` changes when the name, size or time of any file does."""
+    """Training and held-out documents.
+
+    `fingerprint` changes when the name, size or time of any file does; `content` with names, sizes and what files begin
+    with, so that a copy has the same.
+    """
 
     name: str
     train: Documents
     held: Documents
     fingerprint: str
+    content: str
 
 
 def stdlib_corpus() -> Corpus:
@@ -144,6 +149,8 @@ def read_corpus(spec: str, held_out_every: int = 20, text_key: str = "text") -> 
     """
     if spec == "stdlib":
         return stdlib_corpus()
+    if not spec:
+        raise UserError("No corpus is named", got="an empty path", do="name a file, a folder, a glob, or stdlib")
     if held_out_every < 2:
         raise UserError(
             "Nothing would be left to train on", got=f"held_out_every {held_out_every}", do="give 2 or more"
@@ -223,8 +230,10 @@ def _corpus(name: str, sources: list[Source], rule: HoldOut, text_key: str = "te
         rule = replace(rule, moved=names[-1])
     state = [(source.name, source.kind, *_state(source)) for source in sources]
     fingerprint = hashlib.sha256(repr((3, rule.every, text_key, state)).encode()).hexdigest()
+    timeless = [(*names, size, checksum) for *names, size, _, checksum in state]
+    content = hashlib.sha256(repr((1, rule.every, text_key, timeless)).encode()).hexdigest()
     train, held = (Documents(part, tuple(sources), rule, fingerprint, text_key) for part in ("train", "held"))
-    return Corpus(name, train, held, fingerprint)
+    return Corpus(name, train, held, fingerprint, content)
 
 
 def _state(source: Source) -> tuple[int, int, int]:

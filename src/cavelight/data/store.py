@@ -39,12 +39,13 @@ class TokenStore:
     """The tokens of one part of a corpus: each document is the beginning token, its text, the end token.
 
     The arrays stay on disk. Document m is tokens_N[starts_M1[m] : starts_M1[m + 1]], and its text has bytes_M[m] bytes
-    in UTF-8.
+    in UTF-8. `checksums` are those of its pieces, as they were written.
     """
 
     tokens_N: NDArray[Any]
     starts_M1: Int64
     bytes_M: Int64
+    checksums: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.tokens_N)
@@ -73,6 +74,7 @@ class TokenStore:
             np.memmap(folder / "tokens.bin", dtype, "r", shape=(tokens,)),
             np.memmap(folder / "starts.bin", np.int64, "r", shape=(documents + 1,)),
             np.memmap(folder / "bytes.bin", np.int64, "r", shape=(documents,)),
+            tuple(checksum for piece in pieces for checksum in piece.checksums),
         )
 
 

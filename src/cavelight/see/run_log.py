@@ -1,11 +1,12 @@
 """What is known of a run from its folder's logs alone: no weights are read, and the run may still be under way."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from cavelight.disk import json_lines
 from cavelight.errors import UserError
 from cavelight.see.series import Series, layer_names
 from cavelight.spec.config import ModelConfig
@@ -52,7 +53,7 @@ class RunLog:
             steps=next(line["steps"] for line in reversed(metrics) if line["kind"] == "step"),
             samples=tuple(line for line in metrics if line["kind"] == "sampled"),
             happened=tuple(line for line in metrics if line["kind"] not in ("step", "evaluated", "sampled")),
-            sessions=tuple(_lines(folder / "sessions.jsonl")),
+            sessions=tuple(json_lines(folder / "sessions.jsonl")),
             recipe=recipe,
             config=_config(folder, recipe),
             reference=reference or {},
@@ -80,13 +81,6 @@ def _json(path: Path) -> Line:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def _lines(path: Path) -> Iterator[Line]:
-    """Whole lines of a log; none where there is no such log."""
-    if path.is_file():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        yield from (json.loads(line) for line in lines if line.endswith("\n"))
 
 
 def _config(folder: Path, recipe: Line) -> ModelConfig | None:

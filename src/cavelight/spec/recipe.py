@@ -7,7 +7,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import ValidationError
 
@@ -89,10 +89,15 @@ def _make_absolute(values: dict[str, Any]) -> None:
     places += [(source, "corpus") for source in corpus] if isinstance(corpus, list | tuple) else []
     for section, key in places:
         path = section.get(key) if isinstance(section, dict) else None
-        if not isinstance(section, dict) or not isinstance(path, str) or path in CORPORA:
-            continue
-        if glob.has_magic(path) or Path(path).expanduser().exists():
-            section[key] = os.path.abspath(Path(path).expanduser())
+        if isinstance(section, dict) and isinstance(path, str):
+            section[key] = absolute(path)
+
+
+def absolute(path: str) -> str:
+    """`path` as it is seen from anywhere; a corpus' name, and what is not there, as it is."""
+    if path in ("", *CORPORA) or not (glob.has_magic(path) or Path(path).expanduser().exists()):
+        return path
+    return os.path.abspath(Path(path).expanduser())
 
 
 def _parse(path: Path) -> dict[str, Any]:
@@ -110,7 +115,7 @@ def _parse(path: Path) -> dict[str, Any]:
 
 
 def _apply(values: dict[str, Any], override: str) -> None:
-    """`train.steps=200`: the value in TOML's notation, or a bare word."""
+    """`train.steps=200`: the value in TOML's notation, or a bare word; `none` for a key that may be missing."""
     key, equals, text = override.partition("=")
     section, dot, name = key.strip().partition(".")
     if not (equals and dot and name):
@@ -124,8 +129,24 @@ def _apply(values: dict[str, Any], override: str) -> None:
         raise UserError(f"{section} is a section of the recipe, not a value", got=str(target), do=f"write [{section}]")
     if section == "model" and name not in ("preset", "weights"):
         target = target.setdefault("overrides", {})
+        if not isinstance(target, dict):
+            raise UserError(
+                "model.overrides is a table, not a value",
+                got=repr(target),
+                do="write overrides = { hidden_size = 256 }",
+            )
         name = name.removeprefix("overrides.")
-    target[name] = value
+        optional = _is_optional(ModelConfig, name)
+    else:
+        kind = Recipe.model_fields[section].annotation if section in Recipe.model_fields else None
+        optional = _is_optional(kind, name)
+    target[name] = None if optional and text.strip() == "none" else value
+
+
+def _is_optional(kind: Any, name: str) -> bool:
+    """Whether a field of this model may be None."""
+    field = kind.model_fields.get(name) if kind else None
+    return field is not None and type(None) in get_args(field.annotation)
 
 
 def _sentences(error: ValidationError) -> str:

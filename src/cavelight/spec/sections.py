@@ -28,13 +28,15 @@ class ModelSection(Section):
 
     preset: str = "demo"
     overrides: dict[str, Any] = Field(default_factory=dict)
-    weights: str | None = None  # a checkpoint or a run to begin from: its configuration and tokenizer come along
+    weights: str | None = Field(
+        default=None, min_length=1
+    )  # a checkpoint or a run to begin from: its configuration and tokenizer come along
 
 
 class SourceSection(Section):
     """One source of a mixture: "stdlib", or a file, a folder or a glob."""
 
-    corpus: str
+    corpus: str = Field(min_length=1)
     weight: PositiveFloat = 1.0  # rows are drawn in proportion to the weights
     text_key: str = "text"  # where a line of JSONL or a row of Parquet holds its text
 
@@ -43,7 +45,9 @@ class DataSection(Section):
     corpus: str | tuple[SourceSection, ...] = Field(default="stdlib", min_length=1)  # one source, or a mixture
     text_key: str = "text"  # of a corpus that is one source
     held_out_every: int = Field(default=20, ge=2)  # one document in so many is never trained on
-    tokenizer: str | None = None  # a tokenizer.json or a folder with one; otherwise trained on the corpus
+    tokenizer: str | None = Field(
+        default=None, min_length=1
+    )  # a tokenizer.json or a folder with one; otherwise trained on the corpus
     row_length: PositiveInt = 512  # tokens that see one another at most
     mask_documents: bool = False  # whether attention stops at a document's end; V3's pre-training did not
     split_line_ends: float = Field(default=0.1, ge=0, le=1)  # share of "signs, line end" tokens that are met as two

@@ -15,9 +15,13 @@ from cavelight.spec.events import Event, Note
 from cavelight.spec.recipe import Recipe
 from cavelight.spec.sections import DataSection
 from cavelight.train.loop import Result, train
+from cavelight.train.origin import Origin, changed_texts, newest_step
+from cavelight.train.prepare import read_corpora
 from cavelight.train.state import RunFolder, read_metrics
+from cavelight.weights.files import abbreviated
 
 STEPS = 1000  # of each phase
+ELSEWHERE = "extend into another folder (--out), or move this one away"
 RATE_SHARE = 7.3e-6 / 2.2e-4  # of the learning rate's peak in pre-training
 
 
@@ -31,7 +35,8 @@ def extend(
     """Extend a run's model, or a checkpoint's, to each of `lengths` tokens in turn; phases go to `out`/32k and so on.
 
     changes: `section.key=value` for the recipe of every phase. A phase that is through stands; one that was interrupted
-    is gone on with, and the later ones wait for it. Raises UserError for lengths that do not grow.
+    is gone on with, and the later ones wait for it. Raises UserError for lengths that do not grow, and for a phase that
+    began with other weights or is through by another recipe.
     """
     _check(ModelConfig.read(checkpoint_folder(run)), lengths)
     results: list[Result] = []
@@ -39,9 +44,12 @@ def extend(
     for length in lengths:
         folder = RunFolder(out / length_name(length))
         result = _finished(folder)
+        if folder.holds_a_run:
+            _check_weights(folder, source)
         if result is None:
             result = _train(source, length, folder, changes, on_event)
         else:
+            _check_recipe(folder, phase(source, length, changes))
             on_event(Note(f"{folder.path} is extended to {length:,} positions already"))
         results.append(result)
         if result.interrupted:
@@ -62,6 +70,8 @@ def _train(
         assert yarn is not None
         original = yarn.original_max_position_embeddings
         on_event(Note(f"To {length:,} positions: YaRN with factor {yarn.factor:g} from {original:,}"))
+        for sentence in changed_texts(source, read_corpora(recipe.data)):
+            on_event(Note(sentence))
     return train(recipe, folder.path, on_event, resume=folder.holds_a_run)
 
 
@@ -91,7 +101,7 @@ def phase(source: Path, length: int, changes: Sequence[str] = ()) -> Recipe:
     if yarn is None:
         yarn = Yarn(factor=1, original_max_position_embeddings=config.max_position_embeddings, mscale_all_dim=1.0)
     original = yarn.original_max_position_embeddings
-    folder = RunFolder(source)
+    folder = RunFolder.of(source)
     before = folder.read_recipe() if folder.recipe.is_file() else Recipe(data=DataSection(row_length=original))
     scaling = yarn.model_dump() | {"factor": length / original}
     values = {
@@ -100,7 +110,7 @@ def phase(source: Path, length: int, changes: Sequence[str] = ()) -> Recipe:
             "overrides": {"rope_scaling": scaling, "max_position_embeddings": length},
         },
         "data": before.data.model_dump() | {"row_length": length, "tokenizer": str(checkpoint_folder(source))},
-        "train": before.train.model_dump() | _training(before, length, first=config.rope_scaling is None),
+        "train": before.train.model_dump() | _training(before, length, first=not _is_phase(before)),
     }
     return Recipe.build(values, changes)
 
@@ -108,6 +118,11 @@ def phase(source: Path, length: int, changes: Sequence[str] = ()) -> Recipe:
 def length_name(length: int) -> str:
     """32768 as 32k, 1000 as 1000."""
     return f"{length // 1024}k" if length % 1024 == 0 else str(length)
+
+
+def _is_phase(recipe: Recipe) -> bool:
+    """Whether `phase` made this recipe. YaRN alone does not tell: pre-training may carry it with a factor of 1."""
+    return recipe.model.weights is not None and "rope_scaling" in recipe.model.overrides
 
 
 def _training(before: Recipe, length: int, first: bool) -> dict[str, Any]:
@@ -125,6 +140,37 @@ def _training(before: Recipe, length: int, first: bool) -> dict[str, Any]:
         "mtp_weight": train.mtp_weight_late,
         "bias_speed": 0.0,
     }
+
+
+def _check_weights(folder: RunFolder, source: Path) -> None:
+    """UserError if `source` was trained further since the phase in `folder` began with it."""
+    origin, now = Origin.read(folder), newest_step(source)
+    began = origin.weights_step if origin else None
+    if began is not None and now is not None and began != now:
+        raise UserError(
+            f"{folder.path} is a phase of other weights",
+            got=f"{source} after step {began:,}; it is at step {now:,} now",
+            do=ELSEWHERE,
+        )
+
+
+def _check_recipe(folder: RunFolder, asked: Recipe) -> None:
+    """UserError if the phase in `folder` was trained by another recipe."""
+    made, wanted = _keys(folder.read_recipe()), _keys(asked)
+    other = [key for key in sorted(made | wanted) if made.get(key) != wanted.get(key)]
+    if other:
+        raise UserError(
+            f"{folder.path} is extended already, by another recipe",
+            got=abbreviated([f"{key} = {made.get(key)!r} there, {wanted.get(key)!r} asked for" for key in other], 5),
+            do=f"ask for what it has (--set); or, to have both, {ELSEWHERE}",
+        )
+
+
+def _keys(recipe: Recipe) -> dict[str, Any]:
+    """All keys by their dotted names, as --set knows them."""
+    values = recipe.model_dump()
+    values["model"] |= values["model"].pop("overrides")
+    return {f"{section}.{key}": value for section, keys in values.items() for key, value in keys.items()}
 
 
 def _check(config: ModelConfig, lengths: Sequence[int]) -> None:

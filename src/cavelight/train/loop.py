@@ -29,6 +29,7 @@ from cavelight.train.evaluate import held_out_bits_per_byte
 from cavelight.train.fp8 import emulate
 from cavelight.train.metrics import Board, MetricsLog, Record, board_writer, matmul_peak
 from cavelight.train.optim import Optimizer, initialise, pick_dtype
+from cavelight.train.origin import Origin
 from cavelight.train.prefetch import Prefetch
 from cavelight.train.prepare import Prepared, prepare
 from cavelight.train.provenance import machine
@@ -107,6 +108,7 @@ class _Run:
             check_same_data(self.progress, self.data)
         else:
             self.progress = Progress(data=fingerprint(self.data))
+            Origin.of(recipe, self.data.corpora).write(folder)
         folder.write_recipe(recipe)
         log = MetricsLog(folder.metrics, self.progress.log)
         board = partial(Board, folder.tensorboard) if recipe.train.tensorboard else None

@@ -29,9 +29,10 @@ class Muon:
 
     @torch.no_grad()
     def step(self, gradients: Mapping[str, Tensor], learning_rate: float, weight_decay: float) -> None:
-        for name, matrix in self.matrices.items():
-            momentum = self.momentum[name].lerp_(gradients[name], 1 - MOMENTUM)
-            update = orthogonal(gradients[name].lerp(momentum, MOMENTUM), self.dtype)
+        """Of the matrices that have a gradient; the others and their momentum stay as they are."""
+        for name, gradient in gradients.items():
+            matrix, momentum = self.matrices[name], self.momentum[name].lerp_(gradient, 1 - MOMENTUM)
+            update = orthogonal(gradient.lerp(momentum, MOMENTUM), self.dtype)
             matrix.mul_(1 - learning_rate * weight_decay)
             matrix.add_(update, alpha=-learning_rate * RMS * max(matrix.shape[-2:]) ** 0.5)
 

@@ -10,8 +10,9 @@ That makes it harder for the model, not easier: each distracts from the others.
 import time
 from bisect import bisect
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby, pairwise
 from random import Random
 
 import torch
@@ -27,6 +28,7 @@ from cavelight.train.passage import hidden_of
 
 NEEDLE_SHARE = 1 / 8  # of a haystack's tokens that needles take at most
 MOST_TOGETHER = 10  # needles of one depth in one haystack
+LEAST_BORDERS = 8  # of a haystack: places at which a needle may stand, and its text may end
 
 
 @dataclass(frozen=True)
@@ -68,9 +70,18 @@ def find_needles(
     """
     _check_reach(model, max(lengths))
     hay = tokenizer.encode(without_facts(text))
+    if not hay:
+        raise UserError("There is no text to hide needles in", got="nothing but facts", do="name more text with --data")
     return [
         _find(model, tokenizer, hay, length, depths, trials, Random(f"{seed} {length}"), on_event) for length in lengths
     ]
+
+
+def plain_text(tokenizer: Tokenizer, tokens: Iterable[int]) -> str:
+    """The text of documents end to end, without control tokens; each document ends with a line's end."""
+    control = set(tokenizer.control.values())
+    runs = (tokenizer.decode(run) for is_control, run in groupby(tokens, control.__contains__) if not is_control)
+    return "".join(text if text.endswith("\n") else f"{text}\n" for text in runs)
 
 
 def _find(
@@ -112,21 +123,27 @@ def haystack(
 ) -> list[int]:
     """Tokens of whole lines with the facts among them, the first ones in the first of `depths` parts and so on.
 
+    Where a line is far longer than others, or the text has none, needles stand within it, on lines of their own.
     `start` comes first; behind, question and answer of any of the facts still fit into `length`.
     """
     needles = [tokenizer.encode(fact.line) for fact in hidden]
     room = length - len(start) - sum(map(len, needles)) - max(_room_to_answer(tokenizer, fact) for fact in hidden)
     offset = int(source.random() * len(hay))
     text = [hay[(offset + i) % len(hay)] for i in range(room)]
-    borders = _borders(tokenizer, text)
+    longest, line_end = room // max(depths, LEAST_BORDERS), tokenizer.encode("\n")
+    borders = line_borders = _line_borders(tokenizer, text)
+    if _longest_gap(borders, room) > longest:
+        text = text[: room - len(line_end) * (len(needles) + 1)]
+        borders = _finer_borders(tokenizer, text, line_borders, longest)
+    within = set(borders) - set(line_borders)
     per_depth = len(hidden) // depths
     wanted = [(number // per_depth + source.random()) / depths * borders[-1] for number in range(len(hidden))]
     places = [borders[bisect(borders, place) - 1] for place in wanted]
     tokens, done = list(start), 0
     for border, needle in sorted(zip(places, needles, strict=True)):
-        tokens += [*text[done:border], *needle]
+        tokens += [*text[done:border], *(line_end if border in within else ()), *needle]
         done = border
-    return tokens + text[done : borders[-1]]
+    return tokens + text[done : borders[-1]] + (line_end if borders[-1] in within else [])
 
 
 @torch.inference_mode()
@@ -179,7 +196,37 @@ def _room_to_answer(tokenizer: Tokenizer, fact: Fact) -> int:
     return len(tokenizer.encode(fact.question)) + _answer_tokens(tokenizer, fact)
 
 
-def _borders(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[int]:
+def _line_borders(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[int]:
     """Places between whole lines: the beginning, and after each line's end."""
     ends = {token for token in set(tokens) if tokenizer.decode([token]).endswith("\n")}
     return [0, *(place + 1 for place, token in enumerate(tokens) if token in ends)]
+
+
+def _finer_borders(tokenizer: Tokenizer, tokens: Sequence[int], lines: Sequence[int], longest: int) -> list[int]:
+    """`lines`, and more places wherever `longest` tokens follow without one.
+
+    These are, in so far as they are needed: after a line's end and the next line's indentation, which may be one
+    token; between words; between characters; any.
+    """
+    bytes_of = tokenizer.bytes_of if tokenizer.is_byte_level else lambda token: tokenizer.decode([token]).encode()
+    texts = {token: bytes_of(token) for token in set(tokens)}
+    kinds: list[Callable[[bytes, bytes], bool]] = [
+        lambda before, after: b"\n" in before and before[-1:].isspace(),
+        lambda before, after: before[-1:].isspace() or after[:1].isspace(),
+        lambda before, after: not b"\x80" <= after[:1] < b"\xc0",  # in UTF-8 these go on with a character
+        lambda before, after: True,
+    ]
+    borders = [place for place in lines if place <= len(tokens)]
+    for is_border in kinds:
+        ends = [*borders, len(tokens)]
+        borders = [
+            place
+            for start, end in pairwise(ends)
+            for place in range(start, max(end, start + 1))
+            if place == start or (end - start > longest and is_border(texts[tokens[place - 1]], texts[tokens[place]]))
+        ]
+    return borders
+
+
+def _longest_gap(borders: Sequence[int], end: int) -> int:
+    return max(after - before for before, after in pairwise([*borders, end]))

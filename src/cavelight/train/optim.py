@@ -39,7 +39,8 @@ class Optimizer:
     regularisation. The report names no exception, so embedding, head and gate decay like any matrix; embedding and
     head at the same speed whatever their own rates are. With `optimizer = "muon"` the matrices inside the layers and
     the MTP projections are Muon's; embedding, head, gates and norms, which are no maps between features or have rows
-    that meet a gradient now and then, remain AdamW's.
+    that meet a gradient now and then, remain AdamW's. What no loss reaches (MTP modules while lambda is 0) stays as it
+    is: old momentum would go on moving it, and decay shrink it.
     """
 
     def __init__(self, model: Transformer, recipe: TrainSection) -> None:
@@ -68,9 +69,14 @@ class Optimizer:
         self.muon = Muon(matrices, pick_dtype("auto"))
 
     @torch.no_grad()
-    def add(self, gradients: Sequence[Tensor]) -> None:
-        """Add a micro-batch's gradients, in the order of the model's parameters; they are the optimizer's from now."""
+    def add(self, gradients: Sequence[Tensor | None]) -> None:
+        """Add a micro-batch's gradients, in the order of the model's parameters, None for what its loss does not reach.
+
+        They are the optimizer's from now.
+        """
         for master, gradient in zip(self.masters.values(), gradients, strict=True):
+            if gradient is None:
+                continue
             # torch's fused AdamW reads memory in order, whatever the strides
             master.grad = gradient.float().contiguous() if master.grad is None else master.grad.add_(gradient)
 
@@ -85,7 +91,8 @@ class Optimizer:
         for group, factor in zip(self.adamw.param_groups, self.factors, strict=True):
             group["lr"] = learning_rate * factor
         self.adamw.step()
-        gradients = {name: _as_matrices(self.table[name], self._gradient(name)) for name in self.muon.matrices}
+        reached = {name: grad for name in self.muon.matrices if (grad := self.masters[name].grad) is not None}
+        gradients = {name: _as_matrices(self.table[name], gradient) for name, gradient in reached.items()}
         self.muon.step(gradients, learning_rate, self.weight_decay)
         self.forget()
         for name, weight in self.weights.items():
@@ -96,11 +103,6 @@ class Optimizer:
         """Drop the gradients that were added."""
         for master in self.masters.values():
             master.grad = None
-
-    def _gradient(self, name: str) -> Tensor:
-        gradient = self.masters[name].grad
-        assert gradient is not None, "a step follows gradients"
-        return gradient
 
     def state(self) -> dict[str, object]:
         """Everything but the recipe's settings. The tensors are the optimizer's own, not copies."""

@@ -28,11 +28,13 @@ SAMPLE_BYTES = 256 << 20  # of text that a tokenizer is trained on at most; a la
 class Prepared:
     """What the loop reads. `config` is the recipe's model with this tokenizer's special tokens.
 
-    `train` draws from the sources by their weights. `held` is all held-out text, `held_of` that of each source by name.
+    `corpora` are the sources by name; `train` draws from them by their weights. `held` is all held-out text, `held_of`
+    that of each source.
     """
 
     config: ModelConfig
     tokenizer: Tokenizer
+    corpora: dict[str, Corpus]
     train: Mixture
     held: TokenStore
     held_of: dict[str, TokenStore]
@@ -56,7 +58,7 @@ def prepare(recipe: Recipe, on_event: Callable[[Event], None]) -> Prepared:
     manner = Manner(recipe.data.split_line_ends, recipe.data.fim_rate)
     train = tuple(_store(corpus.train, tokenizer, manner, on_event) for corpus in corpora.values())
     held, held_of = held_out(corpora, tokenizer, on_event)
-    return Prepared(config, tokenizer, Mixture(train, weights), held, held_of)
+    return Prepared(config, tokenizer, corpora, Mixture(train, weights), held, held_of)
 
 
 def read_corpora(data: DataSection) -> dict[str, Corpus]:

@@ -1,5 +1,6 @@
 """When a run is saved and what with, in the background; and what is said of it."""
 
+import shutil
 import time
 from collections.abc import Callable
 from functools import partial
@@ -23,7 +24,9 @@ class Saves:
     def __init__(self, folder: RunFolder, recipe: TrainSection, on_event: Callable[[Event], None]) -> None:
         self.folder, self.recipe, self.on_event = folder, recipe, on_event
         self.exports = {"weights": folder.model} | ({"ema": folder.average} if recipe.ema_decay else {})
-        for path in self.exports.values():
+        # Of a run that kept an average before and does so no more, the export would grow old beside the model.
+        self.stale = None if recipe.ema_decay else folder.average
+        for path in (folder.model, folder.average):
             check_replaceable(path)  # better now than after hours of training
         self._saver, self._began = Saver(), time.monotonic()
         self._stands: int | None = None  # the step of the newest save that is whole
@@ -55,6 +58,8 @@ class Saves:
                 prune(self.folder.saves, snapshot.step, keep, keep_every)
             for path, plain in exports.items():
                 write_checkpoint(plain(), path, tokenizer)
+            if self.stale:
+                shutil.rmtree(self.stale, ignore_errors=True)
 
         self._saver.begin(write)
 

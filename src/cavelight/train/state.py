@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cavelight.disk import clear_disk_errors, file_beside
+from cavelight.disk import clear_disk_errors, file_beside, json_lines
 from cavelight.errors import UserError
 from cavelight.model.transformer import Transformer
 from cavelight.spec.recipe import Recipe
@@ -31,6 +31,14 @@ class RunFolder:
 
     path: Path
 
+    @classmethod
+    def of(cls, path: Path) -> "RunFolder":
+        """The run in `path`; or the one around it, where `path` is what a run exports."""
+        run, outer = cls(path), cls(Path(os.path.abspath(path)).parent)
+        exports = [str(outer.model), str(outer.average)]
+        is_export = not run.recipe.is_file() and outer.recipe.is_file() and os.path.abspath(path) in exports
+        return outer if is_export else run
+
     @property
     def recipe(self) -> Path:
         return self.path / "recipe.json"
@@ -43,6 +51,11 @@ class RunFolder:
     def sessions(self) -> Path:
         """A line for each time that the run began or went on: see train.sessions."""
         return self.path / "sessions.jsonl"
+
+    @property
+    def origin(self) -> Path:
+        """What the run was made of when it began: see train.origin."""
+        return self.path / "origin.json"
 
     @property
     def saves(self) -> Path:
@@ -74,7 +87,10 @@ class RunFolder:
 
     def read_recipe(self) -> Recipe:
         try:
-            return Recipe.build(json.loads(self.recipe.read_text(encoding="utf-8")))
+            values = json.loads(self.recipe.read_text(encoding="utf-8"))
+            if not isinstance(values, dict):
+                raise ValueError(f"a recipe.json that holds a {type(values).__name__}, not an object")
+            return Recipe.build(values)
         except (OSError, ValueError) as error:
             raise UserError(
                 f"{self.path} is not a run that can go on", got=str(error), do="name the folder that train wrote"
@@ -159,18 +175,23 @@ def plain_model(snapshot: Snapshot, file: str, like: Transformer) -> Transformer
     return plain
 
 
-def fingerprint(data: Prepared) -> str:
-    """Of the tokenizer, and of the lengths of all documents to be learnt from, in bytes and in tokens."""
+def fingerprint(data: Prepared, with_checksums: bool = True) -> str:
+    """Of the tokenizer, of the lengths of all documents to be learnt from, in bytes and in tokens, and of the tokens.
+
+    Of these the stores know checksums, so that they need not be read. Early saves were without.
+    """
     made_of = sha256(data.tokenizer.fingerprint.encode())
     for store in data.train.stores:
         made_of.update(store.bytes_M.data)
         made_of.update(store.starts_M1.data)
+        if with_checksums:
+            made_of.update(repr(store.checksums).encode())
     return made_of.hexdigest()
 
 
 def check_same_data(before: Progress, data: Prepared) -> None:
     """Raise UserError if the text has changed since: row numbers, and perhaps token ids, would mean something else."""
-    if before.data not in ("", fingerprint(data)):  # an early save does not say
+    if before.data not in ("", fingerprint(data), fingerprint(data, with_checksums=False)):  # early saves say less
         raise UserError(
             "The text is not the one that the run began with",
             got="a corpus, or a tokenizer trained on it, that has changed since the last save",
@@ -192,11 +213,8 @@ def check_resumable(before: Recipe, now: Recipe) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All whole lines of a metrics.jsonl; a last line that is still being written, or was cut off, is left out."""
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """All whole lines of a metrics.jsonl; UserError for one that is damaged."""
+    return json_lines(path)
 
 
 def _lock(file: int, folder: Path) -> None:

@@ -70,10 +70,10 @@ def train_step(
         whole = replace(whole, counts=sum_by_layer(list(counted)))
     parameters = tuple(model.parameters())
 
-    def differentiate(batch: Batch) -> tuple[Losses, tuple[Tensor, ...]]:
+    def differentiate(batch: Batch) -> tuple[Losses, tuple[Tensor | None, ...]]:
         part = losses(model, batch, weights, whole)
         total = part.total(weights)
-        return part.detach(), torch.autograd.grad(total, parameters, materialize_grads=True)
+        return part.detach(), torch.autograd.grad(total, parameters, allow_unused=True)
 
     parts: list[Losses] = []
     for part, gradients in workers.map(differentiate, micro_batches):
