@@ -16,7 +16,7 @@ from cavelight.cli.main import app
 from cavelight.cli.screen import telling
 from cavelight.errors import UserError
 
-COMMANDS = ("demo", "train", "eval", "generate", "chat", "plan")
+COMMANDS = ("demo", "train", "eval", "generate", "chat", "bench", "plan")
 
 
 def call(*arguments: str) -> Result:

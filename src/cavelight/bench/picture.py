@@ -11,7 +11,7 @@ from cavelight.see.style import AMBER, BLUE, GREY
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-WIDTH, HEIGHT, LEFT, GAP, TOP = 3.1, 2.2, 0.6, 1.5, 1.1  # inches
+WIDTH, HEIGHT, LEFT, GAP, TOP = 3.1, 2.2, 0.6, 1.6, 1.1  # inches
 
 
 def draw_bench(rows: Sequence[Row], path: Path, title: str, facts: Sequence[str]) -> None:
@@ -40,7 +40,7 @@ def _lines(axes: "Axes", xs: Sequence[int], rows: Sequence[Row], label: str) -> 
     least = [1e3 * row.ours.read / row.probes.read / row.ours.case.batch for row in rows]
     taken = [1e3 / row.ours.tokens_per_second for row in rows]
     peers = [(x, 1e3 / row.theirs.tokens_per_second) for x, row in zip(xs, rows, strict=True) if row.theirs]
-    lines = [("bytes at the bandwidth", xs, least, GREY), ("measured", xs, taken, BLUE)]
+    lines = [("bandwidth alone", xs, least, GREY), ("measured", xs, taken, BLUE)]
     if len(peers) > 1:
         lines.append(("transformers", [x for x, _ in peers], [y for _, y in peers], AMBER))
     for _, x, y, color in lines:
