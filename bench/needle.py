@@ -141,7 +141,7 @@ def report(
         last = [line for line in read_metrics(run.metrics) if line["kind"] == "step"][-1]
         recipe = run.read_recipe()
         training.append(
-            f"| {recipe.data.row_length:,} | {last['step']:,} | {last['tokens']:,} | {recipe.train.learning_rate:g} "
+            f"| {recipe.config.max_position_embeddings:,} | {recipe.data.row_length:,} | {last['step']:,} | {last['tokens']:,} | {recipe.train.learning_rate:g} "
             f"| {duration(last['seconds'])} |"
         )
     return f"""# Needles at 32K and 128K
@@ -154,8 +154,8 @@ continuation is ` otter lemon` (one of 4,096). Each depth is a tenth of the hays
 haystack, which makes it harder: each distracts from the others. In the worst depth, {summary[0]} are found at 32K by
 the model extended to 32K, {summary[1]} at 128K by the one extended to 128K.
 
-| context | steps | tokens | peak rate | training |
-|--:|--:|--:|--:|--:|
+| context | rows of | steps | tokens | peak rate | training |
+|--:|--:|--:|--:|--:|--:|
 {chr(10).join(training)}
 
 ## Extended to 32K
