@@ -141,7 +141,8 @@ def report(
         last = [line for line in read_metrics(run.metrics) if line["kind"] == "step"][-1]
         recipe = run.read_recipe()
         training.append(
-            f"| {recipe.config.max_position_embeddings:,} | {recipe.data.row_length:,} | {last['step']:,} | {last['tokens']:,} | {recipe.train.learning_rate:g} "
+            f"| {recipe.config.max_position_embeddings:,} | {recipe.data.row_length:,} "
+            f"| {last['step']:,} | {last['tokens']:,} | {recipe.train.learning_rate:g} "
             f"| {duration(last['seconds'])} |"
         )
     return f"""# Needles at 32K and 128K
