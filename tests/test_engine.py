@@ -307,6 +307,22 @@ def test_an_error_ends_one_generation_alone() -> None:
     assert engine.load.pages_held == 0
 
 
+@pytest.mark.parametrize("drafts", [0, 3])
+def test_a_hook_that_fails_ends_its_own_generation(drafts: int) -> None:
+    def broken(tokens: Sequence[int]) -> Tensor | None:
+        if len(tokens) > 6:
+            raise ZeroDivisionError
+        return None
+
+    engine = engine_of(model_of(1))
+    (good,) = engine.submit(Request([1, 2], 8))
+    (bad,) = engine.submit(Request([1, 2, 3], 8, allowed=broken, drafts=drafts))
+    engine.run()
+    assert good.tokens == alone(engine.model, good.request) and engine.load.pages_held == 0
+    with pytest.raises(ZeroDivisionError):
+        list(bad)
+
+
 def test_cancelling_the_first_sample_leaves_the_others() -> None:
     engine = engine_of(model_of(1), budget=4, most=4)
     made = engine.submit(Request([*range(10)], 6, samples=3))

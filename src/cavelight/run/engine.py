@@ -173,7 +173,7 @@ class Engine:
         self._jobs[job] = first
         self.scheduler.add(job)
 
-    def _end(self, generation: Generation, why: str, error: UserError | None = None) -> None:
+    def _end(self, generation: Generation, why: str, error: Exception | None = None) -> None:
         """Whatever it is at: end it, and let its siblings go on."""
         if generation.stats.finish:
             return
@@ -238,7 +238,7 @@ class Engine:
         if logits_TV is not None:
             try:
                 new = generation.chooser.tokens(logits_TV, job.tokens, guesses)
-            except UserError as error:
+            except Exception as error:  # a hook's too: it ends this generation and no other
                 self._end(generation, "error", error)
                 return
             generation.note(len(guesses), len(new), self.clock())
@@ -257,7 +257,7 @@ class Engine:
             tokens = job.tokens[: part.start + part.known]
             try:
                 new = [] if sibling.stats.finish else sibling.chooser.tokens(logits_TV, tokens, [])
-            except UserError as error:
+            except Exception as error:
                 self._end(sibling, "error", error)
             if sibling.stats.finish:
                 job.samples -= 1

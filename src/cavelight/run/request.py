@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from cavelight.errors import UserError
 from cavelight.run.choose import Allowed, Chooser
 from cavelight.run.generate import GREEDY, Drafts, cut
 from cavelight.run.pace import Chances
@@ -53,7 +52,7 @@ class Logprob:
 class Generation(Iterator[int]):
     """One output of a request. Iterating gives its tokens as they come, and lets the engine work until there is one.
 
-    `stats.finish` says why it ended, None while it goes on. Raises the UserError that ended it, if one did.
+    `stats.finish` says why it ended, None while it goes on. Raises the error that ended it, if one did.
     """
 
     def __init__(
@@ -75,7 +74,7 @@ class Generation(Iterator[int]):
         self.tokens: list[int] = []
         self.logprobs: list[Logprob] = []
         self.stats = Stats(prompt_tokens=len(prompt), drafts=drafts)
-        self.error: UserError | None = None
+        self.error: Exception | None = None
         self.asked = self.last = now
         # The engine's own notes.
         self.job: Job | None = None
@@ -116,7 +115,7 @@ class Generation(Iterator[int]):
         """As its chooser does; an error ends this generation and no other."""
         try:
             return self.chooser.guess(logits_V, tokens)
-        except UserError as error:
+        except Exception as error:
             self.error = error
             return Draft(0)
 
