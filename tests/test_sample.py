@@ -19,6 +19,7 @@ from transformers.generation.logits_process import (
 )
 
 from cavelight.errors import UserError
+from cavelight.run.choose import Chooser
 from cavelight.run.sample import Sampling, distribution, draw, scores
 
 from .chance import COMMON, SURELY_NOT, chi_square
@@ -150,22 +151,38 @@ def test_the_penalty_counts_a_token_once() -> None:
 
 def test_draws_follow_the_probabilities() -> None:
     probs_V = distribution(some_logits(3, V=12), [], Sampling(temperature=1.5, top_k=8))
-    source = Sampling(temperature=1.0, seed=5).generator()
-    counts = Counter(draw(probs_V, source) for _ in range(4000))
-    found = [counts[token] for token in range(12)]
-    assert chi_square(found, probs_V.tolist()) > COMMON
+    for counts in (
+        Counter(draw(probs_V, 5, position) for position in range(4000)),
+        Counter(draw(probs_V, seed, 5) for seed in range(4000)),
+    ):
+        found = [counts[token] for token in range(12)]
+        assert chi_square(found, probs_V.tolist()) > COMMON
     assert chi_square(found, distribution(some_logits(3, V=12), [], Sampling(temperature=1.0)).tolist()) < SURELY_NOT
 
 
+def test_positions_of_a_seed_are_independent() -> None:
+    half_V = torch.tensor([0.5, 0.5], dtype=torch.float64)
+    pairs = Counter((draw(half_V, 1, n), draw(half_V, 1, n + 1)) for n in range(2000))
+    assert chi_square([pairs[a, b] for a in (0, 1) for b in (0, 1)], [0.25] * 4) > COMMON
+
+
 def test_a_seed_decides_and_none_does_not() -> None:
-    probs_V = torch.full((1000,), 1e-3, dtype=torch.float64)
+    logits_V = torch.zeros(1000)
 
     def ten(seed: int | None) -> list[int]:
-        source = Sampling(temperature=1.0, seed=seed).generator()
-        return [draw(probs_V, source) for _ in range(10)]
+        chooser = Chooser(Sampling(temperature=1.0, seed=seed))
+        return [chooser.tokens(logits_V[None], [0] * n, [])[0][0] for n in range(10)]
 
     assert ten(4) == ten(4) != ten(5)
     assert ten(None) != ten(None)
+
+
+@pytest.mark.parametrize(
+    "mask", [[True] * 40, torch.ones(40), torch.ones(39, dtype=torch.bool)], ids=["list", "float", "short"]
+)
+def test_a_mask_of_another_form_is_refused(mask: object) -> None:
+    with pytest.raises(UserError, match=r"mask of allowed tokens cannot be used.*40 booleans"):
+        scores(some_logits(1), [], Sampling(), mask)
 
 
 def test_all_mistakes_are_named_at_once() -> None:

@@ -88,8 +88,8 @@ def generate(
 ) -> TextStream:
     """The text that follows `prompt`, piece by piece while it is made; `.stats` of what it returns tells how it went.
 
-    mtp: let the model's prediction modules draft. Greedy text is the same without, in float32; sampled text has the
-    same distribution. For the rest see run.sample.Sampling and run.generate.TokenStream.
+    mtp: let the model's prediction modules draft. Text is the same without, in float32: greedy text always,
+    sampled text but for a rare near-tie. For the rest see run.sample.Sampling and run.generate.TokenStream.
     """
     return generate_text(
         model,

@@ -1,53 +1,74 @@
-"""The next token of one sequence: filters, allowed tokens, the draw, and the verdict on a draft.
+"""The next token of one sequence: filters, allowed tokens, the draw, and which drafts stand.
 
 Letters: T positions of a step, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
+from secrets import randbits
 
 from torch import Tensor
 
 from cavelight.run.sample import Sampling, distribution, draw, scores
-from cavelight.run.speculate import Draft, judge
 
-# Which tokens may follow prompt and output so far: [V], true where one may; None for all. It has to depend on its
-# argument alone: it is asked about drafts too, and about the same tokens more than once.
+# Which tokens may follow prompt and output so far: [V] booleans, true where one may; None for all. It has to depend on
+# its argument alone: it is asked about drafts too, and about the same tokens more than once.
 Allowed = Callable[[Sequence[int]], Tensor | None]
+Doubt = Callable[[int, Tensor], bool]  # (row, its scores_V) -> whether rounding might decide
 
 
 class Chooser:
-    """Chooses for one sequence. The source of chance is the sequence's own, so that company changes nothing."""
+    """Chooses for one sequence. A choice hangs on logits, tokens and the seed alone: drafts do not change the output.
 
-    def __init__(self, sampling: Sampling, allowed: Allowed | None = None) -> None:
-        self.sampling, self.allowed, self.source = sampling, allowed, sampling.generator()
+    So a draft stands if it is what the trunk chooses, for sampling as for greedy choice.
+    """
 
-    def scores(self, logits_V: Tensor, tokens: Sequence[int]) -> Tensor:
-        """What greedy choice takes the largest of: [V], float64."""
-        return scores(logits_V, tokens, self.sampling, self.allowed(tokens) if self.allowed else None)
+    def __init__(
+        self, sampling: Sampling, allowed: Allowed | None = None, stop_ids: AbstractSet[int] = frozenset()
+    ) -> None:
+        self.sampling, self.allowed, self.stop_ids = sampling, allowed, stop_ids
+        self.seed = randbits(63) if sampling.seed is None else sampling.seed
 
-    def distribution(self, logits_V: Tensor, tokens: Sequence[int]) -> Tensor:
-        """What other choice draws from: [V], float64."""
-        return distribution(logits_V, tokens, self.sampling, self.allowed(tokens) if self.allowed else None)
+    def guess(self, logits_V: Tensor, tokens: Sequence[int]) -> int | None:
+        """By a module's logits, what follows `tokens`; None where the mask says that nothing can.
 
-    def guess(self, logits_V: Tensor, tokens: Sequence[int]) -> Draft:
-        """By a module's logits, what follows `tokens`."""
-        if self.sampling.greedy:
-            return Draft(int(self.scores(logits_V, tokens).argmax()))
-        probs_V = self.distribution(logits_V, tokens)
-        return Draft(draw(probs_V, self.source), probs_V)
+        Tokens that are drafts may lead where the trunk never goes, and where the mask has no answer.
+        """
+        try:
+            allowed_V = self._mask(tokens)
+            dead_end = allowed_V is not None and not allowed_V.any()
+        except Exception:  # the hook's; if the trunk comes here, it is asked again and heard
+            return None
+        return None if dead_end else self._token(logits_V, tokens, allowed_V)
 
-    def tokens(self, logits_TV: Tensor, tokens: Sequence[int], drafts: Sequence[Draft]) -> list[int]:
-        """By the trunk's logits, what is certain to follow `tokens`: the drafts that stand, and one token more."""
+    def tokens(
+        self, logits_TV: Tensor, tokens: Sequence[int], drafts: Sequence[int], doubt: Doubt | None = None
+    ) -> tuple[list[int], bool]:
+        """By the trunk's logits, what is certain to follow `tokens`: the drafts that stand, and one token more.
+
+        Nothing follows an end token. Ends before a row that `doubt` is true of; the second value says whether it did.
+        An error, the hook's too, is raised if it comes first; later ones come first in the next step.
+        """
         new: list[int] = []
         for row, logits_V in enumerate(logits_TV):
-            draft = drafts[row] if row < len(drafts) else None
-            new.append(self._token(logits_V, [*tokens, *new], draft))
-            if draft is None or new[-1] != draft.token:
+            line = [*tokens, *new]
+            try:
+                allowed_V = self._mask(line)
+                if doubt and doubt(row, scores(logits_V, line, self.sampling, allowed_V)):
+                    return new, True
+                new.append(self._token(logits_V, line, allowed_V))
+            except Exception:
+                if not new:
+                    raise
                 break
-        return new
+            if row >= len(drafts) or new[-1] != drafts[row] or new[-1] in self.stop_ids:
+                break
+        return new, False
 
-    def _token(self, logits_V: Tensor, tokens: Sequence[int], draft: Draft | None) -> int:
+    def _mask(self, tokens: Sequence[int]) -> Tensor | None:
+        return self.allowed(tokens) if self.allowed else None
+
+    def _token(self, logits_V: Tensor, tokens: Sequence[int], allowed_V: Tensor | None) -> int:
         if self.sampling.greedy:
-            return int(self.scores(logits_V, tokens).argmax())
-        p_V = self.distribution(logits_V, tokens)
-        return draw(p_V, self.source) if draft is None else judge(draft, p_V, self.source)
+            return int(scores(logits_V, tokens, self.sampling, allowed_V).argmax())
+        return draw(distribution(logits_V, tokens, self.sampling, allowed_V), self.seed, len(tokens))

@@ -20,7 +20,7 @@ from cavelight.run.cache import LatentCache
 from cavelight.run.choose import Allowed, Chooser
 from cavelight.run.sample import Sampling
 from cavelight.run.settle import Settler, is_close
-from cavelight.run.speculate import Chain, Draft, Drafter, Wish, cost_of_round
+from cavelight.run.speculate import Chain, Drafter, Wish, cost_of_round
 from cavelight.run.stats import WINDOW, Stats
 from cavelight.spec.config import ModelConfig
 
@@ -36,8 +36,8 @@ class TokenStream(Iterator[int]):
     """New tokens, one by one; `stats` tells how it went. The end token, where one comes, is the last.
 
     drafts: how many tokens to guess ahead with the MTP modules; 0 for none; "auto" for as many as there are modules,
-    until it shows that they do not pay. Whatever it is, greedy output is the same token for token (in float32), and
-    sampled output has the same distribution.
+    until it shows that they do not pay. Whatever it is, the output is the same token for token in float32: exactly if
+    greedy, up to a rare near-tie if sampled.
     stop_ids: the configuration's end tokens unless given. allowed: which tokens may follow; see `choose.Allowed`.
     Raises UserError for a prompt that does not fit or is no list of token ids, and if the model produces NaN.
     """
@@ -57,9 +57,9 @@ class TokenStream(Iterator[int]):
     ) -> None:
         config, weight = model.config, model.lm_head.weight
         self.model, self.sampling, self.clock = model, sampling, clock
-        self.chooser = Chooser(sampling, allowed)
         self.tokens = checked_prompt(config, prompt_tokens)
         self.stop_ids: AbstractSet[int] = frozenset(end_tokens(config) if stop_ids is None else stop_ids)
+        self.chooser = Chooser(sampling, allowed, self.stop_ids)
         self.max_new_tokens = max_new_tokens
         self.limit = config.max_position_embeddings
         self.dispatch = dispatch or GroupedDispatch()
@@ -71,7 +71,7 @@ class TokenStream(Iterator[int]):
         self.may_turn_off = drafts == "auto"
         self.chain = Chain()
         self.drafter = self._drafter(drafts)
-        self.drafts: list[Draft] = []  # those that the next step verifies
+        self.drafts: list[int] = []  # those that the next step verifies
         self._drafting_seconds = 0.0  # what it took to make them
         self._steps = 0
         self._tokens: Iterator[int] = self._stream()
@@ -128,7 +128,7 @@ class TokenStream(Iterator[int]):
         """One pass of the trunk over the last token and its drafts, what it makes certain, and the next drafts."""
         started, n = self.clock(), len(self.tokens) - 1
         drafts, drafting_seconds = self.drafts, self._drafting_seconds
-        hidden_TD, routings = self._trunk([self.tokens[n], *(draft.token for draft in drafts)], n)
+        hidden_TD, routings = self._trunk([self.tokens[n], *drafts], n)
         hidden_TD = self._decide(self.model.head(hidden_TD), hidden_TD, routings)
         verified = self.clock()
         if self.drafter:
@@ -152,29 +152,23 @@ class TokenStream(Iterator[int]):
 
     def _decide(self, logits_TV: Tensor, hidden_TD: Tensor, routings: list[Routing]) -> Tensor:
         """Append the tokens that this step makes certain; the hidden states at the positions they follow."""
-        if self.settler:
-            return self._settle(self.settler, logits_TV, hidden_TD, routings)
-        new = self.chooser.tokens(logits_TV, self.tokens, self.drafts)
+        settler = self.settler
+        close_T = settler.close_routes(routings, len(logits_TV)) if settler else []
+
+        def doubt(row: int, scores_V: Tensor) -> bool:
+            return close_T[row] or is_close(scores_V)
+
+        new, doubted = self.chooser.tokens(logits_TV, self.tokens, self.drafts, doubt if settler else None)
         self.tokens += new
-        return hidden_TD[: len(new)]
+        if not (settler and doubted):
+            return hidden_TD[: len(new)]
+        settled_1D = settler.settle(self.tokens, len(self.tokens) - 1)
+        self.tokens += self.chooser.tokens(self.model.head(settled_1D), self.tokens, [])[0]
+        self.stats.settled += 1
+        return torch.cat([hidden_TD[: len(new)], settled_1D])  # what came after it was computed with another row
 
-    def _settle(self, settler: Settler, logits_TV: Tensor, hidden_TD: Tensor, routings: list[Routing]) -> Tensor:
-        """The same for greedy choice in float32, where near-ties are settled."""
-        close_T = settler.close_routes(routings, len(logits_TV))
-        for row, logits_V in enumerate(logits_TV):
-            scores_V = self.chooser.scores(logits_V, self.tokens)
-            if close_T[row] or is_close(scores_V):
-                settled_1D = settler.settle(self.tokens, len(self.tokens) - 1)
-                self.tokens += self.chooser.tokens(self.model.head(settled_1D), self.tokens, [])
-                self.stats.settled += 1
-                return torch.cat([hidden_TD[:row], settled_1D])  # what came after it was computed with another row
-            self.tokens.append(int(scores_V.argmax()))
-            if row == len(self.drafts) or self.tokens[-1] != self.drafts[row].token:
-                break
-        return hidden_TD[: row + 1]
-
-    def _propose(self, drafter: Drafter, drafts: int) -> list[Draft]:
-        return drafter.propose([Wish(self.chain, self.tokens, drafts, self.chooser.guess)])[0]
+    def _propose(self, drafter: Drafter, drafts: int) -> list[int]:
+        return drafter.propose([Wish(self.chain, self.tokens, drafts, self.chooser.guess, self.stop_ids)])[0]
 
     def _finish(self, start: int) -> list[int]:
         """The tokens from `start` on, up to an end; notes what the end is."""
@@ -201,7 +195,7 @@ class TokenStream(Iterator[int]):
     def _pays(self) -> bool:
         """Judged once in every window of rounds. By the clock where the output cannot depend on the verdict.
 
-        Elsewhere the same seed has to give the same text on every run, so the sizes of the model decide.
+        Elsewhere it can, by rounding, and has to be the same on every run: there the sizes of the model decide.
         """
         rounds = len(self.stats.round_tokens)
         if rounds == 0 or rounds % WINDOW:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,15 +52,6 @@ class Sampling:
     def greedy(self) -> bool:
         return self.temperature == 0
 
-    def generator(self) -> torch.Generator:
-        """A source of chance that starts from the seed."""
-        source = torch.Generator()
-        if self.seed is None:
-            source.seed()
-        else:
-            source.manual_seed(self.seed)
-        return source
-
 
 def scores(logits_V: Tensor, history: Sequence[int], sampling: Sampling, allowed_V: Tensor | None = None) -> Tensor:
     """Logits after the repetition penalty, [V] in float64 on the CPU; minus infinity where `allowed_V` is false.
@@ -80,6 +72,15 @@ def scores(logits_V: Tensor, history: Sequence[int], sampling: Sampling, allowed
         penalty = sampling.repetition_penalty
         scores_V = scores_V.scatter(0, seen, torch.where(old > 0, old / penalty, old * penalty))
     if allowed_V is not None:
+        if not isinstance(allowed_V, Tensor) or allowed_V.dtype != torch.bool or allowed_V.shape != scores_V.shape:
+            form = (
+                f"{tuple(allowed_V.shape)} of {allowed_V.dtype}" if isinstance(allowed_V, Tensor) else repr(allowed_V)
+            )
+            raise UserError(
+                "The mask of allowed tokens cannot be used",
+                got=form[:100],
+                why=f"it has to be a tensor of {len(scores_V)} booleans, one for each token of the vocabulary",
+            )
         if not allowed_V.any():
             raise UserError("No token is allowed to follow", why="the mask of allowed tokens rules all of them out")
         scores_V = scores_V.masked_fill(~allowed_V.to("cpu"), -math.inf)
@@ -112,6 +113,13 @@ def distribution(
     return scores_V.softmax(dim=0)
 
 
-def draw(probs_V: Tensor, source: torch.Generator) -> int:
-    """A token with these probabilities, which need not sum to one."""
-    return int(torch.multinomial(probs_V, 1, generator=source))
+def draw(probs_V: Tensor, seed: int, position: int) -> int:
+    """A token with these probabilities, which need not sum to one: the same for equal seeds, positions and tensors.
+
+    The largest of p / e, e from an exponential distribution, is the first of V clocks to ring (Gumbel-max). The noise
+    is that of the position: a draft that is drawn from a module's guess at these probabilities with it comes out as
+    the same token whenever the guess is close, and no draft, budget or company can change what the trunk then draws
+    (Daliri et al., arXiv 2408.07978).
+    """
+    source = np.random.Generator(np.random.Philox(key=seed, counter=(0, 0, 0, position)))
+    return int((probs_V / torch.from_numpy(source.standard_exponential(len(probs_V)))).argmax())

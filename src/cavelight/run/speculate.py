@@ -5,6 +5,7 @@ h^k_i that of MTP module k (from 1): made of h^(k-1)_i and t_(i+k), it predicts 
 """
 
 from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,20 +14,10 @@ from torch import Tensor
 
 from cavelight.model.ports import Attend, Dispatch
 from cavelight.model.transformer import Transformer
-from cavelight.run.sample import draw
 from cavelight.spec.config import ModelConfig
 from cavelight.spec.shapes import Parameter, parameters
 
-
-@dataclass(frozen=True)
-class Draft:
-    """A guessed token and the distribution it was drawn from; None where it was simply the likeliest."""
-
-    token: int
-    probs_V: Tensor | None = None
-
-
-Pick = Callable[[Tensor, Sequence[int]], Draft]  # (logits_V, all tokens before) -> a token
+Pick = Callable[[Tensor, Sequence[int]], int | None]  # (logits_V, all tokens before) -> a token, None for no guess
 
 
 @dataclass
@@ -47,12 +38,16 @@ class Chain:
 
 @dataclass(frozen=True)
 class Wish:
-    """So many drafts of what follows `tokens`: all tokens known, at least one more than the trunk has seen."""
+    """So many drafts of what follows `tokens`: all tokens known, at least one more than the trunk has seen.
+
+    Fewer where `pick` has no guess, or after a guess that is one of `stop_ids`.
+    """
 
     chain: Chain
     tokens: Sequence[int]
     drafts: int
     pick: Pick
+    stop_ids: AbstractSet[int] = frozenset()
 
 
 # (chain, first position, position after the last one) of every sequence in a step -> its Attend
@@ -65,7 +60,7 @@ class Drafter:
     def __init__(self, model: Transformer, attend_at: AttendAt, dispatch: Dispatch, depth: int) -> None:
         self.model, self.attend_at, self.dispatch, self.depth = model, attend_at, dispatch, depth
 
-    def propose(self, wishes: Sequence[Wish]) -> list[list[Draft]]:
+    def propose(self, wishes: Sequence[Wish]) -> list[list[int]]:
         """Bring the modules up to what is known, and guess what follows: for each wish at most so many drafts.
 
         Module k makes draft k; the last one makes all further drafts too, each time on its own state as if that
@@ -117,7 +112,8 @@ class _Line:
 
     def __init__(self, wish: Wish) -> None:
         chain = wish.chain
-        self.wish, self.tokens, self.drafts = wish, list(wish.tokens), list[Draft]()
+        self.wish, self.tokens, self.drafts = wish, list(wish.tokens), list[int]()
+        self.ended = False
         self.states_TD = torch.cat(chain.unseen)
         self.start, self.end = chain.seen, chain.seen + self.states_TD.shape[0]
         self.first = self.stop = self.start
@@ -125,7 +121,7 @@ class _Line:
 
     @property
     def wants_more(self) -> bool:
-        return len(self.drafts) < self.wish.drafts
+        return len(self.drafts) < self.wish.drafts and not self.ended
 
     def aim(self, k: int) -> None:
         """Module k's positions: those that changed for it, as far as tokens are known."""
@@ -151,24 +147,11 @@ class _Line:
         self.first = len(self.tokens) - 1 - depth
         self.stop = self.first + 1
 
-    def add(self, draft: Draft) -> None:
-        self.drafts.append(draft)
-        self.tokens.append(draft.token)
-
-
-def judge(draft: Draft, p_V: Tensor, source: torch.Generator) -> int:
-    """The draft's token if it stands, else another: either way distributed exactly as `p_V` (rejection sampling).
-
-    A token drawn from q stands with probability min(1, p/q); what is missing to p is drawn from max(p - q, 0), made
-    to sum to one (Leviathan et al., arXiv 2211.17192, section 2.3).
-    """
-    q_V = draft.probs_V
-    assert q_V is not None
-    chance = torch.rand((), dtype=torch.float64, generator=source)
-    if chance * q_V[draft.token] < p_V[draft.token]:
-        return draft.token
-    missing_V = (p_V - q_V).clamp(min=0)
-    return draw(missing_V if missing_V.any() else p_V, source)  # nothing missing: p and q differ by rounding alone
+    def add(self, draft: int | None) -> None:
+        self.ended = draft is None or draft in self.wish.stop_ids
+        if draft is not None:
+            self.drafts.append(draft)
+            self.tokens.append(draft)
 
 
 def cost_of_round(config: ModelConfig, drafts: int) -> float:
