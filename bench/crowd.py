@@ -2,8 +2,8 @@
 
 python -m bench.crowd writes docs/results/crowd.md. Requests come at random times with random prompts (many begin
 alike), lengths, samples, priorities, clients, masks and numbers of drafts; some are cancelled; pages are so few that
-many have to give way. Greedy output is compared with that of the plain `generate`, token for token. The model is a
-random one in float64 whose drafts are often right: there rounding decides nothing.
+many have to give way. Every output, greedy or drawn by a seed, is compared with that of the plain `generate`, token for
+token. The model is a random one in float64 whose drafts are often right: there rounding decides nothing.
 """
 
 import argparse
@@ -12,28 +12,24 @@ import random
 import resource
 import shlex
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from tests.crowds import alone, some_prefixes, some_request
 from tests.run_models import drafting_model, small_config
-from torch import Tensor
 
 from bench.provenance import commit, leave_with, machine
 from cavelight.cli.progress import screen
 from cavelight.disk import file_beside
 from cavelight.model.transformer import Transformer
 from cavelight.run.engine import Engine, page_bytes
-from cavelight.run.generate import TokenStream
 from cavelight.run.request import Generation, Request
-from cavelight.run.sample import Sampling
 from cavelight.spec.events import Event, Phase
 
 PAGE, PAGES, BUDGET, MOST = 4, 40, 32, 8
-V = small_config().vocab_size
 
 
 @dataclass
@@ -45,13 +41,8 @@ class Tally:
     wrong: int = 0
     cancelled: int = 0
     tokens: int = 0
-    steps: int = 0
-    preempted: int = 0
-    shared: int = 0  # positions that were found in the cache
-    together: int = 0  # the most jobs in a step
     proposed: Counter[int] = field(default_factory=Counter)
     accepted: Counter[int] = field(default_factory=Counter)
-    seconds: float = 0.0  # of the engine
     memory: list[int] = field(default_factory=list)  # bytes resident, after every thousand requests
 
 
@@ -78,23 +69,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def crowd(model: Transformer, engine: Engine, requests: int, listen: Callable[[Event], None]) -> Tally:
     source, tally = random.Random(1), Tally()
-    watch(engine, tally)
-    prefixes = [[source.randrange(V) for _ in range(24)] for _ in range(6)]
+    prefixes = some_prefixes(source, 6)
     asked: list[tuple[Request, list[Generation]]] = []
     for number in range(requests):
-        request = some_request(source, prefixes)
+        request = some_request(source, prefixes, drafting=True)
         asked.append((request, engine.submit(request)))
-        began = time.perf_counter()
         for _ in range(source.randrange(8)):
             engine.step()
         if source.random() < 0.1:
             source.choice(source.choice(asked[-20:])[1]).cancel()
-        tally.seconds += time.perf_counter() - began
         if number % 100 == 99 or number == requests - 1:
             listen(Phase("asking", number + 1, requests, "requests"))
-            began = time.perf_counter()
             engine.run()
-            tally.seconds += time.perf_counter() - began
             assert engine.load.pages_held == 0, "pages leaked"
             for each in asked:
                 compare(model, *each, tally)
@@ -105,65 +91,16 @@ def crowd(model: Transformer, engine: Engine, requests: int, listen: Callable[[E
     return tally
 
 
-def some_request(source: random.Random, prefixes: list[list[int]]) -> Request:
-    prompt = source.choice(prefixes)[: source.randrange(1, 24)] + [
-        source.randrange(V) for _ in range(source.randrange(9))
-    ]
-    return Request(
-        prompt,
-        max_new_tokens=source.randrange(1, 32),
-        sampling=Sampling(repetition_penalty=source.choice((1.0, 1.0, 1.3))),
-        stop_ids=source.choice((None, {1, 5})),
-        samples=source.choice((1, 1, 1, 1, 3)),
-        drafts=source.choice(("auto", "auto", 0, 1, 4)),
-        priority=source.randrange(3),
-        client=source.choice("abcd"),
-        allowed=source.choice((None, None, None, other_parity)),
-    )
-
-
-def other_parity(tokens: Sequence[int]) -> Tensor:
-    """Tokens of the other parity than the last may follow."""
-    return torch.arange(V) % 2 != tokens[-1] % 2
-
-
-def watch(engine: Engine, tally: Tally) -> None:
-    """Count what the scheduler decides."""
-    plan = engine.scheduler.plan
-
-    def watched() -> object:
-        step = plan()
-        tally.steps += bool(step.parts)
-        tally.preempted += len(step.preempted)
-        tally.shared += sum(job.shared for job in step.begun)
-        tally.together = max(tally.together, len(step.parts))
-        return step
-
-    engine.scheduler.plan = watched  # type: ignore[assignment, method-assign]
-
-
 def compare(model: Transformer, request: Request, made: list[Generation], tally: Tally) -> None:
-    alone = TokenStream(
-        model,
-        request.prompt,
-        max_new_tokens=request.max_new_tokens,
-        sampling=request.sampling,
-        stop_ids=request.stop_ids,
-        drafts=0,
-        allowed=request.allowed,
-    )
-    expected = list(alone)
     tally.requests += 1
-    for generation in made:
-        cut = generation.stats.finish == "cancelled"
-        right = expected[: len(generation.tokens)] if cut else expected
+    for sample, generation in enumerate(made):
+        expected, cut = alone(model, request, sample), generation.stats.finish == "cancelled"
         tally.outputs += 1
         tally.cancelled += cut
-        tally.wrong += generation.tokens != right
+        tally.wrong += generation.tokens != (expected[: len(generation.tokens)] if cut else expected)
         tally.tokens += len(generation.tokens)
-        for depth, (proposed, accepted) in enumerate(
-            zip(generation.stats.proposed, generation.stats.accepted, strict=True)
-        ):
+        kept = zip(generation.stats.proposed, generation.stats.accepted, strict=True)
+        for depth, (proposed, accepted) in enumerate(kept):
             tally.proposed[depth] += proposed
             tally.accepted[depth] += accepted
 
@@ -174,24 +111,25 @@ def resident() -> int:
 
 
 def report(engine: Engine, tally: Tally, called: Sequence[str]) -> str:
+    totals = engine.totals
     drafts = ", ".join(f"{tally.accepted[d]:,} of {tally.proposed[d]:,}" for d in sorted(tally.proposed))
     memory = ", ".join(f"{size / 1e6:.0f}" for size in tally.memory)
     return f"""# A crowd of requests
 
 {tally.requests:,} random requests on an engine with {PAGES} pages of {PAGE} positions, {BUDGET} tokens a step and
-{MOST} generations at once: prompts that begin alike, several samples, stop tokens, repetition penalties, masks of
-allowed tokens, priorities, clients, drafts from none to four and as many as pay, and cancellations. Every output is
-compared with that of the plain `generate`.
+{MOST} generations at once: greedy and seeded, prompts that begin alike, several samples, stop tokens, repetition
+penalties, masks of allowed tokens (one of them a grammar that ends), priorities, clients, drafts from none to four and
+as many as pay, and cancellations. Every output is compared with that of the plain `generate`.
 
 | | |
 |---|--:|
 | requests, outputs, new tokens | {tally.requests:,}, {tally.outputs:,}, {tally.tokens:,} |
 | outputs that differ from the plain twin's | {tally.wrong} |
 | cancelled in mid-work | {tally.cancelled:,} |
-| preempted, and begun again | {tally.preempted:,} |
-| positions found in the cache instead of computed | {tally.shared:,} |
+| preempted, and begun again | {totals.preempted:,} |
+| positions found in the cache instead of computed | {totals.shared:,} |
 | drafts kept, by depth | {drafts} |
-| steps; the most generations in one | {tally.steps:,}; {tally.together} |
+| steps; the most generations in one | {totals.steps:,}; {totals.together} |
 | pages held at the end | {engine.load.pages_held} |
 | resident memory after every thousand requests, MB | {memory} |
 

@@ -182,7 +182,7 @@ def test_a_seed_decides_and_none_does_not() -> None:
 )
 def test_a_mask_of_another_form_is_refused(mask: object) -> None:
     with pytest.raises(UserError, match=r"mask of allowed tokens cannot be used.*40 booleans"):
-        scores(some_logits(1), [], Sampling(), mask)
+        Chooser(Sampling(), lambda tokens: mask).tokens(some_logits(1)[None], [], [])
 
 
 def test_all_mistakes_are_named_at_once() -> None:

@@ -178,3 +178,39 @@ def test_drafts_are_left_out_before_anybody_gives_way() -> None:
     two.drafts = 3
     step = scheduler.plan()
     assert step.preempted == [] and {part.job: part.drafts for part in step.parts} == {one: 0, two: 0}
+
+
+def steps_until(scheduler: Scheduler, job: Job, most: int = 50) -> int:
+    """Steps until a job's prompt is through; others may go on for ever."""
+    for number in range(1, most + 1):
+        step = scheduler.plan()
+        advance(scheduler, step)
+        if any(part.job is job and len(job.tokens) == part.start + part.known + 1 for part in step.parts):
+            return number
+    return most + 1
+
+
+def test_a_higher_priority_does_not_wait_for_a_long_prompt() -> None:
+    scheduler = Scheduler(Pages(300, 4), budget=16, most=4)
+    long = ask(scheduler, 800)
+    advance(scheduler, scheduler.plan())
+    assert steps_until(scheduler, ask(scheduler, 8, priority=5)) == 1 and long.done == 24
+
+
+def test_a_higher_priority_takes_the_place_of_a_lower_one() -> None:
+    scheduler = Scheduler(Pages(300, 4), budget=16, most=2)
+    low = [ask(scheduler, 3, new=100) for _ in range(2)]
+    advance(scheduler, scheduler.plan())
+    high = ask(scheduler, 3, new=2, priority=1)
+    step = scheduler.plan()
+    assert step.preempted == [low[1]] and {part.job for part in step.parts} == {low[0], high}
+
+
+def test_drafts_of_others_hold_no_prompt_up() -> None:
+    scheduler = Scheduler(Pages(300, 4), budget=8, most=4)
+    drafting = ask(scheduler, 3, new=100)
+    advance(scheduler, scheduler.plan())
+    drafting.drafts = 7
+    late = ask(scheduler, 6)
+    step = scheduler.plan()
+    assert {part.job: (part.known, part.drafts) for part in step.parts} == {drafting: (1, 1), late: (6, 0)}

@@ -7,8 +7,10 @@ from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 from secrets import randbits
 
+import torch
 from torch import Tensor
 
+from cavelight.errors import UserError
 from cavelight.run.sample import Sampling, distribution, draw, scores
 
 # Which tokens may follow prompt and output so far: [V] booleans, true where one may; None for all. It has to depend on
@@ -35,7 +37,7 @@ class Chooser:
         Tokens that are drafts may lead where the trunk never goes, and where the mask has no answer.
         """
         try:
-            allowed_V = self._mask(tokens)
+            allowed_V = self._mask(tokens, len(logits_V))
             dead_end = allowed_V is not None and not allowed_V.any()
         except Exception:  # the hook's; if the trunk comes here, it is asked again and heard
             return None
@@ -53,7 +55,7 @@ class Chooser:
         for row, logits_V in enumerate(logits_TV):
             line = [*tokens, *new]
             try:
-                allowed_V = self._mask(line)
+                allowed_V = self._mask(line, len(logits_V))
                 if doubt and doubt(row, scores(logits_V, line, self.sampling, allowed_V)):
                     return new, True
                 new.append(self._token(logits_V, line, allowed_V))
@@ -65,8 +67,16 @@ class Chooser:
                 break
         return new, False
 
-    def _mask(self, tokens: Sequence[int]) -> Tensor | None:
-        return self.allowed(tokens) if self.allowed else None
+    def _mask(self, tokens: Sequence[int], V: int) -> Tensor | None:
+        mask_V = self.allowed(tokens) if self.allowed else None
+        fits = isinstance(mask_V, Tensor) and mask_V.dtype == torch.bool and mask_V.shape == (V,)
+        if mask_V is not None and not fits:
+            raise UserError(
+                "The mask of allowed tokens cannot be used",
+                got=" ".join(repr(mask_V).split())[:100],
+                why=f"it has to be a tensor of {V} booleans, one for each token of the vocabulary",
+            )
+        return mask_V
 
     def _token(self, logits_V: Tensor, tokens: Sequence[int], allowed_V: Tensor | None) -> int:
         if self.sampling.greedy:

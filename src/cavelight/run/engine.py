@@ -23,7 +23,7 @@ from cavelight.run.pace import Pace
 from cavelight.run.paged import PagedCache, Span
 from cavelight.run.pages import Pages, Table
 from cavelight.run.request import Generation, Request
-from cavelight.run.scheduler import Job, Part, Scheduler
+from cavelight.run.scheduler import Job, Part, Scheduler, Totals
 from cavelight.run.speculate import Chain, Drafter, Wish
 from cavelight.spec.config import ModelConfig
 
@@ -49,7 +49,7 @@ class Engine:
     pieces that fit beside what decodes. most: generations that run at once; more may wait, up to `queue`.
     invariant: a request gives the same tokens alone and in any company, to the bit, at the price that every row of a
     step is computed in a way that knows nothing of the others (run/invariant.py).
-    Raises UserError if not even one page fits into the memory.
+    Raises UserError for a budget below `most`, and if not even one page fits into the memory.
     """
 
     def __init__(
@@ -66,24 +66,20 @@ class Engine:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         config, weight = model.config, model.lm_head.weight
+        each = page_bytes(config, max(page, 1), weight.dtype)
+        _check(memory=memory, budget=budget, most=most, queue=queue, page=page, page_bytes=each)
         self.model, self.config, self.queue, self.clock = model, config, queue, clock
         self.invariant = invariant
         self.dispatch = DispatchAlone() if invariant else dispatch or GroupedDispatch()
         self.modules = config.num_nextn_predict_layers
-        pages = memory // page_bytes(config, page, weight.dtype)
-        if pages < 1:
-            raise UserError(
-                "The engine's memory is too small",
-                got=f"{memory:,} bytes",
-                why=f"one page of {page} positions takes {page_bytes(config, page, weight.dtype):,}",
-            )
-        self.cache = PagedCache(config, pages, page, weight.dtype, weight.device)
-        self.scheduler = Scheduler(Pages(pages, page, lookahead=self.modules), max(budget, most), most)
+        self.cache = PagedCache(config, memory // each, page, weight.dtype, weight.device)
+        self.scheduler = Scheduler(Pages(memory // each, page, lookahead=self.modules), budget, most)
         self.drafter = Drafter(model, self._attend_at, self.dispatch, self.modules) if self.modules else None
-        self.pace = Pace(config, measured=not invariant)
+        self.pace = Pace(config)
         self._jobs: dict[Job, Generation] = {}
-        self._inbox: deque[Callable[[], None]] = deque()
-        self._lock = RLock()
+        self._coming: deque[tuple[list[Generation], int]] = deque()
+        self._leaving: deque[Generation] = deque()
+        self._lock, self._stepping = RLock(), False
 
     def submit(self, request: Request) -> list[Generation]:
         """One generation for each of the request's samples. May be called from any thread.
@@ -97,33 +93,46 @@ class Engine:
             Generation(request, prompt, stop_ids, number, drafts, self.step, self.cancel, self.clock())
             for number in range(request.samples)
         ]
-        if request.max_new_tokens <= 0:
-            for generation in made:
-                generation.stats.finish = "limit of new tokens"
-        else:
-            self._inbox.append(lambda: self._add(made, limit))
+        for generation in made:
+            generation.stats.off = None if self.modules else "the model has no MTP module"
+            if request.max_new_tokens <= 0:
+                generation.end("limit of new tokens")
+        self._coming.append((made, limit))
         return made
 
     def cancel(self, generation: Generation, why: str = "cancelled") -> None:
         """End a generation, whatever it is at. May be called from any thread."""
-        if not generation.stats.finish:
-            generation.stats.finish = why
-            self._inbox.append(lambda: self._retire(generation))
+        if generation.end(why):
+            self._leaving.append(generation)
 
     def step(self) -> bool:
-        """Compute something for whoever is in turn; False if nobody wants anything."""
+        """Compute something for whoever is in turn; False if nobody wants anything.
+
+        Raises UserError if it is called out of a step, by a hook. An error of the model itself leaves the engine in
+        the middle of a step: it is of no more use then.
+        """
         with self._lock, torch.inference_mode():
-            while self._inbox:
-                self._inbox.popleft()()
-            step = self.scheduler.plan()
-            for job in step.preempted:
-                self._jobs[job].lose()
-            for job in step.begun:
-                self._jobs[job].begin(job)
-            if not step.parts:
-                return False
+            if self._stepping:
+                raise UserError("A hook called the engine that called it", why="a step has to end before the next one")
+            self._stepping = True
+            try:
+                return self._step()
+            finally:
+                self._stepping = False
+
+    def _step(self) -> bool:
+        while self._coming:
+            self._add(*self._coming.popleft())
+        while self._leaving:
+            self._retire(self._leaving.popleft())
+        step = self.scheduler.plan()
+        for job in step.preempted:
+            self._jobs[job].lose()
+        for job in step.begun:
+            self._jobs[job].begin(job, self.clock())
+        if step.parts:
             self._compute(step.parts)
-            return True
+        return bool(step.parts)
 
     def run(self) -> None:
         """Steps until nobody wants anything."""
@@ -131,9 +140,14 @@ class Engine:
             pass
 
     @property
+    def totals(self) -> Totals:
+        """What its steps did, since it began."""
+        return self.scheduler.totals
+
+    @property
     def load(self) -> Load:
         scheduler, pages = self.scheduler, self.scheduler.pages
-        waiting = len(scheduler.waiting) + len(self._inbox)
+        waiting = len(scheduler.waiting) + len(self._coming)
         return Load(len(scheduler.running), waiting, pages.count, pages.held, pages.idle)
 
     def _checked(self, request: Request) -> tuple[list[int], int]:
@@ -148,10 +162,10 @@ class Engine:
                 why=f"the cache has room for {pages.count * pages.size:,} positions",
                 do="ask for fewer, or give the engine more memory",
             )
-        if not 1 <= request.samples <= most:
-            raise UserError("The number of samples cannot be used", got=str(request.samples), why=f"1 to {most} can be")
+        if request.samples > most:
+            raise UserError("These are too many samples", got=str(request.samples), why=f"{most} can run at once")
         checked_drafts(config, request.drafts)
-        if len(self.scheduler.waiting) + len(self._inbox) >= self.queue:
+        if self.load.waiting >= self.queue:
             raise UserError("The engine is full", why=f"{self.queue} requests wait already", do="try again later")
         return prompt, limit
 
@@ -175,12 +189,11 @@ class Engine:
 
     def _end(self, generation: Generation, why: str, error: Exception | None = None) -> None:
         """Whatever it is at: end it, and let its siblings go on."""
-        if generation.stats.finish:
-            return
-        generation.stats.finish, generation.error = why, error
-        self._retire(generation)
+        if generation.end(why, error):
+            self._retire(generation)
 
     def _retire(self, generation: Generation) -> None:
+        """Give away the place of one that has ended."""
         job, siblings = generation.job, generation.siblings
         if job is None:
             return
@@ -194,6 +207,7 @@ class Engine:
         else:
             del self._jobs[job]
             self.scheduler.remove(job)
+        generation.lose()
 
     def _compute(self, parts: Sequence[Part]) -> None:
         """One pass of the trunk over all parts, what follows from it, and the drafts for the next."""
@@ -201,15 +215,15 @@ class Engine:
         spans = [Span(part.job.table.pages, part.start, part.count) for part in parts]
         hidden, logits = self._trunk(parts, spans)
         for part, hidden_TD, logits_TV in zip(parts, hidden, logits, strict=True):
-            self._advance(part, hidden_TD, logits_TV)
+            self._advance(part, hidden_TD, logits_TV, alone=len(parts) == 1)
         decided = self.clock()
         going = [generation for generation in self._jobs.values() if generation.chain.unseen]
         guesses = self._draft(going)
         if all(part.known == 1 for part in parts):
             self.pace.note(sum(part.count for part in parts), decided - started, guesses, self.clock() - decided)
-        for part, hidden_TD, logits_TV in zip(parts, hidden, logits, strict=True):
+        for part, logits_TV in zip(parts, logits, strict=True):
             if logits_TV is not None and part.job.done > part.start:  # else it ended in an error
-                self._separate(self._jobs[part.job], part, hidden_TD, logits_TV)
+                self._separate(self._jobs[part.job], part, logits_TV)
         for generation in going:
             self._keep(generation)
 
@@ -228,47 +242,50 @@ class Engine:
 
     def _tokens(self, part: Part) -> list[int]:
         guesses = self._jobs[part.job].guesses[: part.drafts]
-        return part.job.tokens[part.start : part.start + part.known] + [draft.token for draft in guesses]
+        return part.job.tokens[part.start : part.start + part.known] + guesses
 
-    def _advance(self, part: Part, hidden_TD: Tensor, logits_TV: Tensor | None) -> None:
+    def _advance(self, part: Part, hidden_TD: Tensor, logits_TV: Tensor | None, alone: bool) -> None:
         """What a computed part makes certain."""
         job, new = part.job, list[int]()
         generation = self._jobs[job]
         guesses, generation.guesses = generation.guesses[: part.drafts], []
         if logits_TV is not None:
             try:
-                new = generation.chooser.tokens(logits_TV, job.tokens, guesses)
+                new, _ = generation.chooser.tokens(logits_TV, job.tokens, guesses)
             except Exception as error:  # a hook's too: it ends this generation and no other
                 self._end(generation, "error", error)
                 return
-            generation.note(len(guesses), len(new), self.clock())
         self.scheduler.advance(part, new)
-        generation.chain.unseen.append(hidden_TD[: part.known + max(0, len(new) - 1)])
-        if logits_TV is not None:
+        chain, states_TD = generation.chain, hidden_TD[: part.known + max(0, len(new) - 1)]
+        chain.unseen.append(states_TD)
+        if generation.siblings and generation.stats.drafts:
+            chain.tail = [torch.cat([*chain.tail, states_TD])[-self.modules :]]
+        if logits_TV is not None and not generation.stats.finish:
+            generation.note(len(guesses), len(new), self.clock(), alone)
             generation.take(new, logits_TV, self.config.max_position_embeddings)
 
-    def _separate(self, generation: Generation, part: Part, hidden_TD: Tensor, logits_TV: Tensor) -> None:
+    def _separate(self, generation: Generation, part: Part, logits_TV: Tensor) -> None:
         """The other samples begin where the prompt ends, each with its own choice of what follows.
 
         The modules' last rows have seen the first sample's choice: they are made anew, from the trunk's last states.
         """
         job, siblings, generation.siblings = part.job, generation.siblings, []
+        tokens, tail, generation.chain.tail = job.tokens[: part.start + part.known], generation.chain.tail, []
+        start = job.done - sum(map(len, tail))
         for sibling in siblings:
-            tokens = job.tokens[: part.start + part.known]
             try:
-                new = [] if sibling.stats.finish else sibling.chooser.tokens(logits_TV, tokens, [])
-            except Exception as error:
+                new = [] if sibling.stats.finish else sibling.chooser.tokens(logits_TV, tokens, [])[0]
+            except Exception as error:  # as above
                 self._end(sibling, "error", error)
             if sibling.stats.finish:
                 job.samples -= 1
                 continue
-            start = max(part.start, job.done - self.modules) if sibling.stats.drafts else job.done
             sibling.job, copies = self.scheduler.fork(job, tokens + new, start)
             self.cache.copy(copies)
             if sibling.job.done:  # else it waits for pages
-                sibling.chain = Chain(sibling.job.table, start, start, [hidden_TD[start - part.start : part.known]])
-            self._jobs[sibling.job] = sibling
-            sibling.note(0, 1, self.clock())
+                sibling.chain = Chain(sibling.job.table, start, start, list(tail))
+            self._jobs[sibling.job], sibling.began = sibling, generation.began
+            sibling.note(0, 1, self.clock(), alone=False)
             sibling.take(new, logits_TV, self.config.max_position_embeddings)
             self._keep(sibling)
 
@@ -303,7 +320,7 @@ class Engine:
                 else generation.stats.drafts
             )
             drafts = max(0, min(many, room))
-        return Wish(generation.chain, job.tokens, drafts, generation.guess)
+        return Wish(generation.chain, job.tokens, drafts, generation.guess, generation.stop_ids)
 
     def _attend_at(self, pieces: Sequence[tuple[Chain, int, int]]) -> Attend:
         spans = [Span(chain.home.pages, first, stop - first) for chain, first, stop in pieces]
@@ -319,10 +336,29 @@ class Engine:
         else:
             generation.chain.unseen = []
             job.table.fill(job.tokens[: job.done])
-        if generation.error:
-            generation.stats.finish = "error"
+        if generation.failed:
+            generation.end("error", generation.failed)
         if generation.stats.finish:
             self._retire(generation)
+
+
+def _check(**options: int) -> None:
+    """Raises UserError for options of an engine that cannot be used."""
+    wrong = [f"{name} = {value!r}" for name, value in options.items() if not isinstance(value, int) or value < 1]
+    if wrong:
+        raise UserError("The engine cannot be made", got=", ".join(wrong), why="all are whole numbers from 1 on")
+    if options["budget"] < options["most"]:
+        raise UserError(
+            "The engine's budget is too small",
+            got=f"{options['budget']} tokens a step, {options['most']} generations at once",
+            why="each of them may want a token in every step",
+        )
+    if options["memory"] < options["page_bytes"]:
+        raise UserError(
+            "The engine's memory is too small",
+            got=f"{options['memory']:,} bytes",
+            why=f"one page of {options['page']} positions takes {options['page_bytes']:,}",
+        )
 
 
 def page_bytes(config: ModelConfig, page: int, dtype: torch.dtype) -> int:

@@ -2,9 +2,9 @@
 
 Letters: T tokens, D inputs, O outputs.
 
-A matrix product picks its way by the number of rows, and other ways round differently. A vectorised sigmoid does its
-last few numbers by another formula than the rest. Here products always see the same number of rows, sigmoids one row,
-experts one token, and attention one query (`paged.PagedCache.at`).
+A matrix product picks its way by the number of rows, and other ways round differently. Vectorised sigmoids and complex
+products do their last few numbers by another formula than the rest. Here matrix products always see the same number of
+rows, those two one row, experts one token, and attention one query (`paged.PagedCache.at`).
 """
 
 from collections.abc import Callable, Sequence
@@ -21,16 +21,19 @@ ROWS = 16  # of every product: decoding reads the weights once for as many
 
 
 SIGMOIDS = {F.silu, torch.sigmoid, Tensor.sigmoid}
+PRODUCTS = {torch.mul, Tensor.mul, Tensor.__mul__}
 
 
 class RowBlocks(TorchFunctionMode):
-    """While entered, `F.linear` takes `ROWS` rows at a time, the last block filled up with zeros; sigmoids take one."""
+    """While entered, `F.linear` takes `ROWS` rows at a time, the last filled up with zeros; the others take one."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func in SIGMOIDS and args[0].shape[0] > 1:
             return torch.cat([func(row) for row in args[0].split(1)])
+        if func in PRODUCTS and isinstance(args[0], Tensor) and args[0].is_complex():  # RoPE, [T, H, R / 2]
+            return torch.cat([func(x, turns) for x, turns in zip(args[0].split(1), args[1].split(1), strict=True)])
         if func is not F.linear:
             return func(*args, **(kwargs or {}))
         x_TD, weight_OD = args[:2]

@@ -8,7 +8,6 @@ share those weights it costs as much as any other.
 
 from dataclasses import dataclass
 
-from cavelight.run.speculate import cost_of_round
 from cavelight.spec.config import ModelConfig
 
 MOST = 4  # drafts, if there are fewer modules: the last one makes those beyond, with less and less success
@@ -64,12 +63,11 @@ class _Line:
 
 
 class Pace:
-    """measured: by the clock; else by the sizes of the model alone, so that a request is always treated alike."""
+    """By the clock: the output does not hang on how many drafts there are."""
 
-    def __init__(self, config: ModelConfig, measured: bool) -> None:
-        modules = config.num_nextn_predict_layers
-        self.config, self.measured = config, measured
-        self.most = max(modules, MOST) if modules else 0
+    def __init__(self, config: ModelConfig) -> None:
+        self.modules = config.num_nextn_predict_layers
+        self.most = max(self.modules, MOST) if self.modules else 0
         self._steps = _Line()
         self._guess = 0.0  # seconds that a draft takes to make
 
@@ -80,7 +78,7 @@ class Pace:
             return 0
         costs = self._costs(len(by), company)
         if costs is None:  # nothing known yet: all that the modules were trained for, then none, to see what both cost
-            return min(len(by), self.config.num_nextn_predict_layers) * (tokens % 2)
+            return min(len(by), self.modules) * (tokens % 2)
         made = [1.0]
         for chance in by:
             made.append(made[-1] + chance)
@@ -91,14 +89,10 @@ class Pace:
         """A step in which all decoded: its tokens and time, and the drafts made after it and theirs."""
         self._steps.note(tokens, seconds)
         if guesses:
-            self._guess = (
-                drafting / guesses if self._guess == 0 else FORGET * self._guess + (1 - FORGET) * drafting / guesses
-            )
+            self._guess += (1 - FORGET if self._guess else 1.0) * (drafting / guesses - self._guess)
 
     def _costs(self, most: int, company: int) -> list[float] | None:
         """Of a step in which all make 0, 1, ... drafts, next to one without; None while unknown."""
-        if not self.measured:
-            return [1.0, *(cost_of_round(self.config, drafts) for drafts in range(1, most + 1))]
         slope = self._steps.slope()
         if slope is None:
             return None

@@ -6,15 +6,17 @@ Letters: T positions that a step decided, V vocabulary.
 from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
+from threading import Lock
 
 from torch import Tensor
 
+from cavelight.errors import UserError
 from cavelight.run.choose import Allowed, Chooser
 from cavelight.run.generate import GREEDY, Drafts, cut
 from cavelight.run.pace import Chances
 from cavelight.run.sample import Sampling
 from cavelight.run.scheduler import Job
-from cavelight.run.speculate import Chain, Draft
+from cavelight.run.speculate import Chain
 from cavelight.run.stats import Stats
 
 
@@ -38,6 +40,27 @@ class Request:
     client: str = ""
     likeliest: int | None = None
     allowed: Allowed | None = None
+
+    def __post_init__(self) -> None:
+        stop_ids = () if self.stop_ids is None else self.stop_ids
+        likeliest = 0 if self.likeliest is None else self.likeliest
+        rules = (
+            ("max_new_tokens", isinstance(self.max_new_tokens, int), "a whole number"),
+            ("stop_ids", all(isinstance(token, int) for token in stop_ids), "token ids"),
+            ("samples", isinstance(self.samples, int) and self.samples > 0, "1 or more"),
+            ("drafts", self.drafts == "auto" or isinstance(self.drafts, int), "auto or a number"),
+            ("priority", isinstance(self.priority, int), "a whole number"),
+            ("client", isinstance(self.client, str), "a name"),
+            ("likeliest", isinstance(likeliest, int) and likeliest >= 0, "0 or more, or None"),
+            ("allowed", self.allowed is None or callable(self.allowed), "a function"),
+        )
+        wrong = [(name, must) for name, fine, must in rules if not fine]
+        if wrong:
+            raise UserError(
+                "The request cannot be used",
+                got=", ".join(f"{name} = {getattr(self, name)!r}" for name, _ in wrong),
+                why="; ".join(f"{name} must be {must}" for name, must in wrong),
+            )
 
 
 @dataclass(frozen=True)
@@ -70,19 +93,20 @@ class Generation(Iterator[int]):
         if number and sampling.seed is not None:
             sampling = replace(sampling, seed=sampling.seed + number)
         self.request, self.prompt, self.stop_ids = request, prompt, stop_ids
-        self.chooser = Chooser(sampling, request.allowed)
+        self.chooser = Chooser(sampling, request.allowed, stop_ids)
         self.tokens: list[int] = []
         self.logprobs: list[Logprob] = []
         self.stats = Stats(prompt_tokens=len(prompt), drafts=drafts)
         self.error: Exception | None = None
-        self.asked = self.last = now
+        self.asked, self.began, self.last = now, 0.0, now
         # The engine's own notes.
+        self.failed: Exception | None = None  # by which it will end
         self.job: Job | None = None
         self.siblings: list[Generation] = []  # that begin where the prompt ends
         self.chain = Chain()
         self.chances = Chances(drafts)
-        self.guesses: list[Draft] = []  # those that the next step verifies
-        self._work, self._cancel, self._given = work, cancel, 0
+        self.guesses: list[int] = []  # those that the next step verifies
+        self._work, self._cancel, self._given, self._guard = work, cancel, 0, Lock()
 
     def __next__(self) -> int:
         while self._given == len(self.tokens):
@@ -90,7 +114,8 @@ class Generation(Iterator[int]):
                 raise self.error
             if self.stats.finish:
                 raise StopIteration
-            self._work()
+            if not self._work() and self._given == len(self.tokens) and not self.stats.finish:
+                raise RuntimeError("the engine has nothing to do, yet this generation has not ended")
         self._given += 1
         return self.tokens[self._given - 1]
 
@@ -98,52 +123,65 @@ class Generation(Iterator[int]):
         """End it, whatever it is at; its pages are free at the engine's next step."""
         self._cancel(self, why)
 
+    def end(self, why: str, error: Exception | None = None) -> bool:
+        """Note that it has ended; False if it had already. From any thread."""
+        with self._guard:
+            if self.stats.finish:
+                return False
+            self.error, self.stats.finish = error, why
+            return True
+
     @property
     def room(self) -> int:
         """Tokens that are still wanted."""
         return self.request.max_new_tokens - len(self.tokens)
 
-    def begin(self, job: Job) -> None:
+    def begin(self, job: Job, now: float) -> None:
         """It has pages now, those up to `job.done` filled by others."""
+        if not self.began:
+            self.began, self.stats.queue_seconds = now, now - self.asked
         self.chain = Chain(home=job.table, base=job.done, seen=job.done)
 
     def lose(self) -> None:
-        """Its pages were taken; it will begin again."""
+        """Its place was taken; it will begin again, or has ended."""
         self.chain, self.guesses = Chain(), []
 
-    def guess(self, logits_V: Tensor, tokens: Sequence[int]) -> Draft:
-        """As its chooser does; an error ends this generation and no other."""
+    def guess(self, logits_V: Tensor, tokens: Sequence[int]) -> int | None:
+        """As its chooser does; an error (the modules' NaN) ends this generation and no other."""
         try:
             return self.chooser.guess(logits_V, tokens)
         except Exception as error:
-            self.error = error
-            return Draft(0)
+            self.failed = error
+            return None
 
-    def note(self, drafts: int, made: int, now: float) -> None:
-        """A step that verified so many drafts and made so many tokens."""
+    def note(self, drafts: int, made: int, now: float, alone: bool) -> None:
+        """A step that verified so many drafts and made so many tokens; what it took says something if it was alone."""
+        seconds = now - self.last if alone else None
         if not self.tokens:
-            self.stats.prefill_seconds = now - self.asked
-        self.stats.decode_seconds = now - self.asked - self.stats.prefill_seconds
-        if drafts:
-            self.stats.add_round(drafts, made, now - self.last)
+            self.stats.prefill_seconds = now - self.began
+        elif drafts:
+            self.stats.add_round(drafts, made, seconds)
             self.chances.note(drafts, made - 1)
-        else:
-            self.stats.plain_seconds.append(now - self.last)
+        elif seconds is not None:
+            self.stats.plain_seconds.append(seconds)
+        self.stats.decode_seconds = now - self.began - self.stats.prefill_seconds
         self.last = now
 
     def take(self, new: Sequence[int], logits_TV: Tensor, limit: int) -> None:
         """Tokens that a step decided, with the logits that each follows from; `limit`: the context's."""
-        if self.stats.finish:  # cancelled meanwhile
-            return
-        kept, self.stats.finish = cut(new, self.stop_ids, self.room)
-        length = len(self.prompt) + len(self.tokens) + len(new)
-        if self.stats.finish is None and length > limit:
-            self.stats.finish = f"context's limit of {limit} tokens"
-        if self.request.likeliest is not None:
-            rows = zip(kept, logits_TV, strict=False)
-            self.logprobs += [logprob(token, logits_V, self.request.likeliest) for token, logits_V in rows]
-        self.stats.new_tokens += len(kept)
-        self.tokens += kept
+        with self._guard:
+            if self.stats.finish:  # cancelled meanwhile
+                return
+            kept, finish = cut(new, self.stop_ids, self.room)
+            length = len(self.prompt) + len(self.tokens) + len(new)
+            if finish is None and length > limit:
+                finish = f"context's limit of {limit} tokens"
+            if self.request.likeliest is not None:
+                rows = zip(kept, logits_TV, strict=False)
+                self.logprobs += [logprob(token, logits_V, self.request.likeliest) for token, logits_V in rows]
+            self.stats.new_tokens += len(kept)
+            self.tokens += kept
+            self.stats.finish = finish
 
 
 def logprob(token: int, logits_V: Tensor, likeliest: int) -> Logprob:

@@ -72,15 +72,6 @@ def scores(logits_V: Tensor, history: Sequence[int], sampling: Sampling, allowed
         penalty = sampling.repetition_penalty
         scores_V = scores_V.scatter(0, seen, torch.where(old > 0, old / penalty, old * penalty))
     if allowed_V is not None:
-        if not isinstance(allowed_V, Tensor) or allowed_V.dtype != torch.bool or allowed_V.shape != scores_V.shape:
-            form = (
-                f"{tuple(allowed_V.shape)} of {allowed_V.dtype}" if isinstance(allowed_V, Tensor) else repr(allowed_V)
-            )
-            raise UserError(
-                "The mask of allowed tokens cannot be used",
-                got=form[:100],
-                why=f"it has to be a tensor of {len(scores_V)} booleans, one for each token of the vocabulary",
-            )
         if not allowed_V.any():
             raise UserError("No token is allowed to follow", why="the mask of allowed tokens rules all of them out")
         scores_V = scores_V.masked_fill(~allowed_V.to("cpu"), -math.inf)

@@ -1,8 +1,8 @@
 """Who computes what in the next step: many sequences, a budget of tokens a step, a fixed number of pages.
 
-Knows no tensors. A job is one sequence that grows, its tokens the prompt and what was made of it. A step gives every
-job that has only its last token to compute that token and its drafts; what is left of the budget goes to prompts in
-chunks, those under way first, then waiting ones.
+Knows no tensors. A job is one sequence that grows, its tokens the prompt and what was made of it. In a step every job
+that has only its last token to compute gets that one. What is left of the budget goes to prompts, in chunks and by
+priority, those under way before waiting ones; and what is left then goes to drafts.
 """
 
 from collections.abc import Iterator
@@ -60,6 +60,18 @@ class Part:
 
 
 @dataclass
+class Totals:
+    """What was decided so far."""
+
+    steps: int = 0
+    tokens: int = 0
+    begun: int = 0
+    preempted: int = 0
+    shared: int = 0  # positions that were found in the cache instead of computed
+    together: int = 0  # the most jobs in a step
+
+
+@dataclass
 class Step:
     parts: list[Part] = field(default_factory=list)
     begun: list[Job] = field(default_factory=list)  # that have pages since this step
@@ -83,6 +95,7 @@ class Scheduler:
         self.waiting: list[Job] = []
         self.running: list[Job] = []
         self.served: dict[str, int] = {}  # tokens computed for each client that has jobs here
+        self.totals = Totals()
         self._numbers = count()
 
     def fits(self, limit: int) -> bool:
@@ -125,20 +138,13 @@ class Scheduler:
 
     def plan(self) -> Step:
         """The next step. Its positions have pages; nothing but `advance` has to follow for each of its parts."""
-        step, budget = Step(), self.budget
-        behind = sum(job.left == 1 for job in self.running)  # they get their token whatever those before them take
+        step = Step()
         for job in sorted(self.running, key=_rank):
-            behind -= job.left == 1
-            if job in self.running:  # else it gave way to one before it
-                budget -= self._place(job, budget - behind, step)
-        while self.waiting and budget > 0:
-            job = min(self.waiting, key=self._turn)
-            if sum(other.samples for other in self.running) + job.samples > self.most or not self._begin(job, step):
-                break
-            taken = self._place(job, budget, step)
-            if not taken:  # it gave way at once
-                break
-            budget -= taken
+            if job.left == 1 and job in self.running:  # else it gave way to one before it
+                self._place(job, 1, step)
+        self._place_prompts(step)
+        self._place_drafts(step)
+        self._count(step)
         return step
 
     def advance(self, part: Part, new: list[int]) -> None:
@@ -149,51 +155,81 @@ class Scheduler:
         job.tokens.extend(new)
         job.drafts = 0
 
-    def _place(self, job: Job, budget: int, step: Step) -> int:
-        """Put as much of the job as fits into the step; how many tokens that is."""
-        known = min(job.left, budget)
-        if known <= 0:
-            return 0
-        start = job.done
-        drafts = min(job.drafts, budget - known) if known == job.left else 0
-        while True:
-            try:
-                job.table.reserve(min(start + known + drafts + job.ahead, job.limit))
-                break
-            except OutOfPages:
-                if drafts:  # they are a wish, not a need
-                    drafts = 0
-                elif not self._make_room(job, step):
-                    return 0
-        step.parts.append(Part(job, start, known, drafts))
-        return known + drafts
+    def _place_prompts(self, step: Step) -> None:
+        """Those under way and waiting ones by priority. Where the first that waits cannot begin, all others wait."""
+        waits = False
+        while (left := self.budget - step.tokens) > 0:
+            placed = {part.job for part in step.parts}
+            under_way = min((job for job in self.running if job not in placed), key=_rank, default=None)
+            waiting = None if waits else min(self.waiting, key=self._turn, default=None)
+            job = _first(under_way, waiting)
+            if job is None:
+                return
+            if job is waiting and not self._begin(job, step):
+                waits = True
+            elif not self._place(job, min(job.left, left), step):
+                waits = True  # it gave way itself: there are no pages for anybody
 
-    def _make_room(self, job: Job, step: Step) -> bool:
-        """Take the pages of the last job in rank; False if that was `job` itself."""
-        last = max(self.running, key=_rank)
-        self.running.remove(last)
-        last.table.close()
-        last.done, last.shared, last.drafts = 0, 0, 0
-        last.preempted += 1
-        self.waiting.append(last)
-        step.preempted.append(last)
-        step.parts = [part for part in step.parts if part.job is not last]
-        return last is not job
+    def _place_drafts(self, step: Step) -> None:
+        """As many as fit into budget and pages: they are a wish, not a need."""
+        left = self.budget - step.tokens
+        for number, part in enumerate(step.parts):
+            job, drafts = part.job, min(part.job.drafts, left) if part.decides else 0
+            try:
+                job.table.reserve(min(part.start + part.known + drafts + job.ahead, job.limit))
+            except OutOfPages:
+                continue
+            step.parts[number] = replace(part, drafts=drafts)
+            left -= drafts
+
+    def _place(self, job: Job, known: int, step: Step) -> bool:
+        """Put so many of the job's tokens into the step; False if it had to give way itself."""
+        while job.table.lacks(end := min(job.done + known + job.ahead, job.limit)) > self.pages.free:
+            last = max(self.running, key=_rank)
+            self._preempt(last, step)
+            if last is job:
+                return False
+        job.table.reserve(end)
+        step.parts.append(Part(job, job.done, known, 0))
+        return True
+
+    def _preempt(self, job: Job, step: Step) -> None:
+        """Take a running job's pages; it will begin again."""
+        self.running.remove(job)
+        job.table.close()
+        job.done, job.shared, job.drafts = 0, 0, 0
+        job.preempted += 1
+        self.waiting.append(job)
+        step.preempted.append(job)
+        step.parts = [part for part in step.parts if part.job is not job]
 
     def _begin(self, job: Job, step: Step) -> bool:
         """Give a waiting job its place, if there are pages for all of its tokens; lower priorities give way."""
-        found = job.table.open(job.tokens)
-        while job.table.lacks(min(len(job.tokens) + job.ahead, job.limit)) > self.pages.free:
-            lower = [other for other in self.running if other.priority < job.priority]
-            if not lower:
+        found, end = job.table.open(job.tokens), min(len(job.tokens) + job.ahead, job.limit)
+        while self._places() < job.samples or job.table.lacks(end) > self.pages.free:
+            last = max(self.running, key=_rank, default=job)
+            if last.priority >= job.priority:
                 job.table.close()
                 return False
-            self._make_room(max(lower, key=_rank), step)
+            self._preempt(last, step)
         job.done = job.shared = found
         self.waiting.remove(job)
         self.running.append(job)
         step.begun.append(job)
         return True
+
+    def _places(self) -> int:
+        """How many more may run."""
+        return self.most - sum(job.samples for job in self.running)
+
+    def _count(self, step: Step) -> None:
+        totals = self.totals
+        totals.steps += bool(step.parts)
+        totals.tokens += step.tokens
+        totals.begun += len(step.begun)
+        totals.preempted += len(step.preempted)
+        totals.shared += sum(job.shared for job in step.begun)
+        totals.together = max(totals.together, len(step.parts))
 
     def _turn(self, job: Job) -> tuple[int, int, int]:
         return -job.priority, self.served[job.client], job.number
@@ -206,3 +242,10 @@ class Scheduler:
 def _rank(job: Job) -> tuple[int, int]:
     """Who keeps its pages longest comes first."""
     return -job.priority, job.number
+
+
+def _first(under_way: Job | None, waiting: Job | None) -> Job | None:
+    """Of a prompt that is under way and one that waits: the second if its priority is higher."""
+    if under_way is None or waiting is None:
+        return under_way or waiting
+    return waiting if waiting.priority > under_way.priority else under_way

@@ -34,6 +34,7 @@ class Chain:
     seen: int = 0  # n at the last proposal
     unseen: list[Tensor] = field(default_factory=list)  # the trunk's raw states since, from position n on
     edge: list[Tensor] = field(default_factory=list)  # of module k (k = 1, 2, ...), its state [1, D] at n - k
+    tail: list[Tensor] = field(default_factory=list)  # the trunk's last states, if others are to begin where it is
 
 
 @dataclass(frozen=True)

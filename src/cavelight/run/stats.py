@@ -20,6 +20,7 @@ class Stats:
     prompt_tokens: int
     drafts: int = 0
     new_tokens: int = 0
+    queue_seconds: float = 0.0  # before it began
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     plain_seconds: list[float] = field(default_factory=list)
@@ -31,9 +32,10 @@ class Stats:
     off: str | None = None  # why speculation was turned off, or never on
     finish: str | None = None  # why the generation ended
 
-    def add_round(self, drafts: int, tokens: int, seconds: float) -> None:
-        """Count one verified round, in which all but the last token were drafts."""
-        self.round_seconds.append(seconds)
+    def add_round(self, drafts: int, tokens: int, seconds: float | None) -> None:
+        """Count one verified round, in which all but the last token were drafts; seconds: None if others had part."""
+        if seconds is not None:
+            self.round_seconds.append(seconds)
         self.round_tokens.append(tokens)
         for j in range(drafts):
             if j == len(self.proposed):
@@ -97,6 +99,7 @@ class Stats:
         return {
             "prompt_tokens": self.prompt_tokens,
             "new_tokens": self.new_tokens,
+            "queue_seconds": self.queue_seconds,
             "prefill_seconds": self.prefill_seconds,
             "decode_seconds": self.decode_seconds,
             "tokens_per_second": self.tokens_per_second,
