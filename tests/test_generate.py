@@ -239,7 +239,7 @@ def test_the_report_is_two_lines() -> None:
     ]
     stats.plain_seconds = [0.4, 0.2, 0.3]
     for tokens in (1, 3, 2, 2):
-        stats.add_round(2, tokens, 0.5)
+        stats.add_round([1, 2], [*[1, 2][: tokens - 1], 9], 0.5)
     assert (stats.proposed, stats.accepted) == ([4, 4], [3, 1])
     assert stats.report().splitlines()[1] == (
         "Drafts accepted: 1st 75%, 2nd 25%; 2.00 tokens a round, 1.20 times as fast as plain decoding."

@@ -275,19 +275,25 @@ def test_sampled_output_is_the_same_with_drafts() -> None:
     )
 
 
+@pytest.mark.usefixtures("no_timed_steps")
 def test_nothing_is_guessed_or_verified_after_an_end_token() -> None:
     """There a mask may have no answer: an ordinary grammar allows nothing after its end."""
     model = drafting_model(small_config(num_nextn_predict_layers=1), surprise=0.2)
-    free = run(model, [4, 2], 12, 0).made
-    end = next(token for n, token in enumerate(free) if n > 3 and token not in free[:n])
+    free, asked, drafted = run(model, [4, 2], 12, 0).made, list[bool](), 0
+    ends = [token for n, token in enumerate(free) if n > 2 and token not in free[:n]]
+    for end in ends:
 
-    def grammar(tokens: Sequence[int]) -> Tensor:
-        return torch.full((model.config.vocab_size,), end not in tokens[2:])
+        def grammar(tokens: Sequence[int], end: int = end) -> Tensor:
+            asked.append(end in tokens[2:])
+            return torch.full((model.config.vocab_size,), end not in tokens[2:])
 
-    expected = free[: free.index(end) + 1]
-    for drafts in (0, 1, 3, "auto"):
-        stream = TokenStream(model, [4, 2], max_new_tokens=12, stop_ids={end}, drafts=drafts, allowed=grammar)
-        assert list(stream) == expected and stream.stats.finish == "end token"
+        expected = free[: free.index(end) + 1]
+        for drafts in (0, 1, 3, "auto"):
+            stream = TokenStream(model, [4, 2], max_new_tokens=12, stop_ids={end}, drafts=drafts, allowed=grammar)
+            assert list(stream) == expected and stream.stats.finish == "end token"
+            stats = stream.stats
+            drafted += sum(stats.accepted) > sum(stats.round_tokens) - len(stats.round_tokens)  # the end was one
+    assert len(ends) > 3 and drafted and not any(asked)
 
 
 def test_a_dead_end_off_the_trunks_way_harms_nobody() -> None:

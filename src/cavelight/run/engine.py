@@ -261,7 +261,7 @@ class Engine:
         if generation.siblings and generation.stats.drafts:
             chain.tail = [torch.cat([*chain.tail, states_TD])[-self.modules :]]
         if logits_TV is not None and not generation.stats.finish:
-            generation.note(len(guesses), len(new), self.clock(), alone)
+            generation.note(guesses, new, self.clock(), alone)
             generation.take(new, logits_TV, self.config.max_position_embeddings)
 
     def _separate(self, generation: Generation, part: Part, logits_TV: Tensor) -> None:
@@ -285,7 +285,7 @@ class Engine:
             if sibling.job.done:  # else it waits for pages
                 sibling.chain = Chain(sibling.job.table, start, start, list(tail))
             self._jobs[sibling.job], sibling.began = sibling, generation.began
-            sibling.note(0, 1, self.clock(), alone=False)
+            sibling.note([], new, self.clock(), alone=False)
             sibling.take(new, logits_TV, self.config.max_position_embeddings)
             self._keep(sibling)
 

@@ -134,7 +134,7 @@ class TokenStream(Iterator[int]):
         if self.drafter:
             self.chain.unseen.append(hidden_TD)
         if drafts:
-            self.stats.add_round(len(drafts), len(self.tokens) - n - 1, verified - started + drafting_seconds)
+            self.stats.add_round(drafts, self.tokens[n + 1 :], verified - started + drafting_seconds)
         else:
             self.stats.plain_seconds.append(verified - started)
         ready = self._finish(n + 1)

@@ -154,14 +154,13 @@ class Generation(Iterator[int]):
             self.failed = error
             return None
 
-    def note(self, drafts: int, made: int, now: float, alone: bool) -> None:
-        """A step that verified so many drafts and made so many tokens; what it took says something if it was alone."""
+    def note(self, drafts: Sequence[int], new: Sequence[int], now: float, alone: bool) -> None:
+        """A step that verified `drafts` and made `new` tokens; what it took says something if it was alone."""
         seconds = now - self.last if alone else None
         if not self.tokens:
             self.stats.prefill_seconds = now - self.began
         elif drafts:
-            self.stats.add_round(drafts, made, seconds)
-            self.chances.note(drafts, made - 1)
+            self.chances.note(len(drafts), self.stats.add_round(drafts, new, seconds))
         elif seconds is not None:
             self.stats.plain_seconds.append(seconds)
         self.stats.decode_seconds = now - self.began - self.stats.prefill_seconds

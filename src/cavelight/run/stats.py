@@ -1,6 +1,8 @@
 """What a generation did, what its drafts were worth, and how to say so."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from statistics import fmean, median
 from typing import Any
 
@@ -32,17 +34,23 @@ class Stats:
     off: str | None = None  # why speculation was turned off, or never on
     finish: str | None = None  # why the generation ended
 
-    def add_round(self, drafts: int, tokens: int, seconds: float | None) -> None:
-        """Count one verified round, in which all but the last token were drafts; seconds: None if others had part."""
+    def add_round(self, drafts: Sequence[int], new: Sequence[int], seconds: float | None) -> int:
+        """Count a round that verified `drafts` and made `new` tokens; seconds: None if others had part in its time.
+
+        Returns how many drafts were accepted: those that `new` begins with.
+        """
         if seconds is not None:
             self.round_seconds.append(seconds)
-        self.round_tokens.append(tokens)
-        for j in range(drafts):
+        self.round_tokens.append(len(new))
+        same = (draft == token for draft, token in zip(drafts, new, strict=False))
+        kept = sum(takewhile(bool, same))
+        for j in range(len(drafts)):
             if j == len(self.proposed):
                 self.proposed.append(0)
                 self.accepted.append(0)
             self.proposed[j] += 1
-            self.accepted[j] += j < tokens - 1
+            self.accepted[j] += j < kept
+        return kept
 
     @property
     def tokens_per_second(self) -> float:
