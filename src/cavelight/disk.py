@@ -58,6 +58,12 @@ def folder_beside(path: Path) -> Iterator[Path]:
             shutil.rmtree(scratch, ignore_errors=True)
 
 
+def cache_folder() -> Path:
+    """Where tokenizers, token stores and built kernels are kept: $CAVELIGHT_CACHE, or the user's cache folder."""
+    chosen = os.environ.get("CAVELIGHT_CACHE")
+    return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "cavelight"
+
+
 def checkpoint_folder(path: str | Path) -> Path:
     """The folder that holds the checkpoint: `path` itself, or `path`/model where `path` is a run's folder."""
     folder = Path(path)

@@ -8,10 +8,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-from cavelight.disk import folder_beside
+from cavelight.disk import cache_folder, folder_beside
 from cavelight.errors import UserError
 from cavelight.spec.events import Event, Note
-from cavelight.train.prepare import cache_folder
 
 PREFIX = "debian:"  # `debian:one+another` as a corpus: the texts of these packages
 DOCUMENT = 8192  # characters, about: a page is cut into documents of this length, so that some of each are held out

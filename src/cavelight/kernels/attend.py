@@ -6,7 +6,8 @@ width, L = C + R.
 
 A row is what the cache keeps of a token: its latent after the norm, then its shared key after RoPE. Both forms give
 the same values (V3 report, section 2.1.1; V2 report, section 2.1.2): the expanded one raises every row to keys and
-values of all heads, the absorbed one takes the queries down into the latent space and leaves the rows as they are.
+values of all heads, the absorbed one takes the queries down into the latent space and leaves the rows as they are. Both compute in the
+queries' numbers, whatever rows and matrices are kept in.
 """
 
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ def expanded(
     q_nope_BTHN: Tensor, q_rope_BTHR: Tensor, rows_BSL: Tensor, k_up_HNC: Tensor, v_up_HUC: Tensor, scale: float
 ) -> Tensor:
     """Multi-head form, for training and prefill: [B, T, H, U]."""
+    rows_BSL, k_up_HNC, v_up_HUC = (t.to(q_nope_BTHN.dtype) for t in (rows_BSL, k_up_HNC, v_up_HUC))
     B, T, H, N = q_nope_BTHN.shape
     S, C, U = rows_BSL.shape[1], k_up_HNC.shape[2], v_up_HUC.shape[1]
     c_BSC, k_rope_BSR = rows_BSL.split([C, rows_BSL.shape[2] - C], dim=-1)
@@ -64,6 +66,7 @@ def absorbed(
     q_nope_BTHN: Tensor, q_rope_BTHR: Tensor, rows_BSL: Tensor, k_up_HNC: Tensor, v_up_HUC: Tensor, scale: float
 ) -> Tensor:
     """Multi-query form, for decoding: one key and value row for all heads, read as it lies. [B, T, H, U]."""
+    rows_BSL, k_up_HNC, v_up_HUC = (t.to(q_nope_BTHN.dtype) for t in (rows_BSL, k_up_HNC, v_up_HUC))
     B, T, H, _ = q_nope_BTHN.shape
     S, C = rows_BSL.shape[1], k_up_HNC.shape[2]
     q_BTHC = torch.einsum("bthn,hnc->bthc", q_nope_BTHN, k_up_HNC)

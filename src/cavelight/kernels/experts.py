@@ -4,7 +4,7 @@ Letters: T tokens, K experts a token, E experts, D hidden size, F expert width, 
 R rows: the pairs sorted by expert (each expert's rows padded to a multiple, where that pays).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -39,6 +39,20 @@ def _gathered(
     a_PF1 = F.silu(gate_EFD[ids_P] @ x_PD1) * (up_EFD[ids_P] @ x_PD1)
     y_TKD = (down_EDF[ids_P] @ a_PF1).view(T, K, -1)
     return (weights_TK[:, None].to(y_TKD.dtype) @ y_TKD)[:, 0]
+
+
+def streamed(
+    x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, experts: int, matrices: Callable[[int], Sequence[Tensor]]
+) -> Tensor:
+    """As `grouped`, for running only, where `matrices` makes an expert's gate, up and down when it is its turn."""
+    slots_TK, tokens_R, sizes = _sort(ids_TK, experts, 1)
+    x_RD = x_TD[tokens_R]
+    y_RD = torch.empty_like(x_RD)
+    for expert, (x, y) in enumerate(zip(x_RD.split(sizes), y_RD.split(sizes), strict=True)):
+        if len(x):
+            gate_FD, up_FD, down_DF = matrices(expert)
+            y.copy_(F.linear(F.silu(F.linear(x, gate_FD)).mul_(F.linear(x, up_FD)), down_DF))
+    return torch.bmm(weights_TK[:, None].to(y_RD.dtype), y_RD[slots_TK])[:, 0]
 
 
 def plain(

@@ -4,7 +4,6 @@ Letters: T tokens of all sequences in one row (no batch axis, no padding), D hid
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cavelight.kernels import cross_entropy
@@ -69,7 +68,8 @@ class Transformer(nn.Module):
 
     def head(self, hidden_TD: Tensor) -> Tensor:
         """Next-token logits [T, V], float32."""
-        return F.linear(self.model.norm(hidden_TD), self.lm_head.weight).float()
+        logits_TV: Tensor = self.lm_head(self.model.norm(hidden_TD))
+        return logits_TV.float()
 
     def nll(self, hidden_TD: Tensor, labels_T: Tensor) -> Tensor:
         """Sum of the labels' -log p by `head`, in nats, float32; NO_LABEL counts nothing. All logits never stand."""
@@ -100,7 +100,8 @@ class Transformer(nn.Module):
 
     def draft_head(self, depth: int, hidden_TD: Tensor) -> Tensor:
         """Logits [T, V] of the token depth + 2 places on, by the shared head (V3 report, eq. 23); float32."""
-        return F.linear(self._norm_after(depth)(hidden_TD), self.lm_head.weight).float()
+        logits_TV: Tensor = self.lm_head(self._norm_after(depth)(hidden_TD))
+        return logits_TV.float()
 
     def draft_nll(self, depth: int, hidden_TD: Tensor, labels_T: Tensor) -> Tensor:
         """As `nll`, by `draft_head`."""

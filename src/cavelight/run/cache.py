@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cavelight.kernels import attend
+from cavelight.kernels.native import Places
 from cavelight.spec.config import ModelConfig
 
 Form = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float], Tensor]
@@ -66,6 +67,12 @@ class CachedAttend:
     cache: LatentCache
     start: int
     form: Form | None = None
+
+    def rows(self, layer: int, tokens: int) -> tuple[Tensor, Places]:
+        """For who writes and reads them without us: a layer's rows, and where in them the step's tokens have theirs."""
+        self.cache.reserve(self.start + tokens)
+        rows_SL = self.cache.rows_MSL[layer]
+        return rows_SL, Places([(0, tokens, self.start, 0)], [0], len(rows_SL))
 
     def __call__(
         self,

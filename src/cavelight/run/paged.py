@@ -7,11 +7,13 @@ width, L = C + R, Z slots: places for one row each, page after page.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from cavelight.kernels import attend
+from cavelight.kernels.native import Places
 from cavelight.run.pages import Copy
 from cavelight.spec.config import ModelConfig
 
@@ -69,8 +71,20 @@ class PagedAttend:
     def __init__(self, cache: PagedCache, spans: Sequence[Span], alone: bool) -> None:
         self.cache, self.spans, self.alone = cache, spans, alone
         slots = [cache.slots(span) for span in spans]
+        tokens, pages = (
+            accumulate(sizes, initial=0) for sizes in ([s.count for s in spans], [len(s.pages) for s in spans])
+        )
+        self.places = Places(
+            [(first, s.count, s.start, page) for s, first, page in zip(spans, tokens, pages, strict=False)],
+            [page for s in spans for page in s.pages],
+            cache.size,
+        )
         self.write_T = torch.cat([slots_S[span.start :] for slots_S, span in zip(slots, spans, strict=True)])
         self.read = [_whole(slots_S) for slots_S in slots]
+
+    def rows(self, layer: int, tokens: int) -> tuple[Tensor, Places]:
+        """For who writes and reads them without us: a layer's rows, and where in them the step's tokens have theirs."""
+        return self.cache.rows_MZL[layer], self.places
 
     def __call__(
         self,
@@ -84,7 +98,7 @@ class PagedAttend:
         scale: float,
     ) -> Tensor:
         rows_ZL = self.cache.rows_MZL[layer]
-        rows_ZL[self.write_T] = torch.cat([c_TC, k_rope_TR], dim=-1)
+        rows_ZL[self.write_T] = torch.cat([c_TC, k_rope_TR], dim=-1).to(rows_ZL.dtype)
         (H, N, C), R, U = k_up_HNC.shape, q_rope_THR.shape[-1], v_up_HUC.shape[1]
         o_THU, first = q_nope_THN.new_empty(q_nope_THN.shape[0], H, U), 0
         for span, read in zip(self.spans, self.read, strict=True):

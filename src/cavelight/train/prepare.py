@@ -1,10 +1,8 @@
 """From a recipe to tokens: corpora, tokenizer and token stores, each made once and kept until its inputs change."""
 
 import hashlib
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from cavelight.data import needles
 from cavelight.data.corpus import Corpus, Documents, file_identity, read_corpus, warn_once
@@ -14,7 +12,7 @@ from cavelight.data.store import TokenStore
 from cavelight.data.tokenising import AS_WRITTEN, joined, tokenize
 from cavelight.data.tokenizer import RECIPE as RECIPE_OF_TOKENIZER
 from cavelight.data.tokenizer import Tokenizer, train_tokenizer
-from cavelight.disk import checkpoint_folder, folder_beside
+from cavelight.disk import cache_folder, checkpoint_folder, folder_beside
 from cavelight.errors import UserError
 from cavelight.spec.config import ModelConfig
 from cavelight.spec.events import Event, Note, Phase
@@ -101,12 +99,6 @@ def _store(part: Documents, tokenizer: Tokenizer, manner: Manner, on_event: Call
         on_event(Phase("tokenising", done, total, "B"))
 
     return tokenize(part, tokenizer, cache_folder(), progress, manner=manner)
-
-
-def cache_folder() -> Path:
-    """Where tokenizers and token stores are kept: $CAVELIGHT_CACHE, or the user's cache folder."""
-    chosen = os.environ.get("CAVELIGHT_CACHE")
-    return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "cavelight"
 
 
 def _tokenizer(recipe: Recipe, corpora: list[tuple[Corpus, float]], on_event: Callable[[Event], None]) -> Tokenizer:

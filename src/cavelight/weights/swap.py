@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cavelight.errors import UserError
+from cavelight.kernels import experts
 from cavelight.model.transformer import Transformer
 from cavelight.spec.formats import PACKED_ROLES, Format
 from cavelight.spec.shapes import parameters
@@ -78,13 +79,13 @@ class PackedExperts(Packed):
     def forward(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """The weighted sum over each token's experts, [T, D], as kernels.experts.plain defines it."""
         _refuse_gradients(x_TD)
-        y_TKD = x_TD.new_empty(*ids_TK.shape, x_TD.shape[1])
-        for expert in ids_TK.unique().tolist():
-            gate_FD, up_FD, down_DF = (self.matrix(stack, expert, x_TD.dtype) for stack in STACKS)
-            tokens, places = (ids_TK == expert).nonzero(as_tuple=True)
-            x_RD = x_TD[tokens]
-            y_TKD[tokens, places] = F.linear(F.silu(F.linear(x_RD, gate_FD)) * F.linear(x_RD, up_FD), down_DF)
-        return torch.bmm(weights_TK[:, None].to(y_TKD.dtype), y_TKD)[:, 0]
+        return experts.streamed(
+            x_TD,
+            ids_TK,
+            weights_TK,
+            self.get_buffer(f"{STACKS[0]}_{self.suffixes[0]}").shape[0],
+            lambda expert: [self.matrix(stack, expert, x_TD.dtype) for stack in STACKS],
+        )
 
 
 def is_packed(model: nn.Module) -> bool:

@@ -1,0 +1,170 @@
+"""A layer for a few tokens at the speed of memory, in C++: `step.cpp`, built for this machine when first asked for.
+
+Letters: T tokens, O outputs, I inputs, S stacked matrices, W int32 words of a row, G groups of columns.
+
+Why not torch: for one token in bfloat16 its products read memory at 55 to 60 % of what the machine can, and some forty
+calls a layer come on top (docs/results/native.md). Everything here has a plain twin in torch that computes the same,
+and runs wherever there is no compiler.
+"""
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+
+KINDS = {torch.float32: 0, torch.bfloat16: 1}
+INT8, INT4 = 8, 4
+FLOATS = ctypes.c_void_p
+
+
+class Matrix(ctypes.Structure):
+    """See product.h. `tensors` is what it points into."""
+
+    _fields_ = [
+        ("kind", ctypes.c_int32),
+        ("scale_kind", ctypes.c_int32),
+        ("rows", ctypes.c_int64),
+        ("columns", ctypes.c_int64),
+        ("data", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
+        ("row_bytes", ctypes.c_int64),
+        ("stack_bytes", ctypes.c_int64),
+        ("scale_row", ctypes.c_int64),
+        ("scale_stack", ctypes.c_int64),
+        ("group", ctypes.c_int64),
+    ]
+    tensors: tuple[Tensor, ...] = ()
+
+
+class Layer(ctypes.Structure):
+    """See step.cpp."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("D", "H", "N", "R", "C", "U", "E", "K", "G")),
+        *((name, ctypes.c_int64) for name in ("kept_groups", "best_of_group")),
+        *((name, ctypes.c_int32) for name in ("low_rank_query", "sigmoid", "normalise", "shared")),
+        *((name, ctypes.c_float) for name in ("eps", "latent_eps", "softmax_scale", "routed_scale")),
+        *((name, FLOATS) for name in ("attention_norm", "query_norm", "latent_norm", "ffn_norm", "bias")),
+        *((name, Matrix) for name in ("query_down", "query_up", "latent_down", "key_up", "value_up", "output")),
+        *((name, Matrix) for name in ("router", "gate", "up", "down", "shared_gate", "shared_up", "shared_down")),
+    ]
+
+
+class _Step(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("T", "spans_count", "threads")),
+        *((name, ctypes.c_void_p) for name in ("x", "cos", "sin", "spans")),
+        *((name, ctypes.c_void_p) for name in ("rows", "pages")),
+        *((name, ctypes.c_int64) for name in ("page", "width", "half")),
+        *((name, ctypes.c_void_p) for name in ("y", "ids", "weights", "scores")),
+    ]
+
+
+class Places:
+    """Where a step's tokens have their rows: for each sequence (first token, count, first position, first page).
+
+    pages: the number of each sequence's pages, one sequence after the other, of `page` rows each.
+    """
+
+    def __init__(self, spans: list[tuple[int, int, int, int]], pages: list[int], page: int) -> None:
+        self.spans = torch.tensor(spans, dtype=torch.int64)
+        self.pages = torch.tensor(pages, dtype=torch.int64)
+        self.page = page
+
+
+def matrix(weight: Tensor) -> Matrix | None:
+    """Of a plain [O, I] or [S, O, I] in float32 or bfloat16; None for what `step.cpp` does not read."""
+    if weight.dtype not in KINDS or not weight.is_contiguous() or weight.device.type != "cpu":
+        return None
+    O, I = weight.shape[-2:]
+    size = weight.element_size()
+    return _matrix(
+        (weight.detach(),),
+        kind=KINDS[weight.dtype],
+        rows=O,
+        columns=I,
+        data=weight.data_ptr(),
+        row_bytes=I * size,
+        stack_bytes=O * I * size,
+    )
+
+
+def packed_matrix(words: Tensor, scale: Tensor, bits: int, group: int | None, columns: int) -> Matrix | None:
+    """Of integers in int32 words [O, W] or [S, O, W] with scales [..., O, G], as weights.quant packs them."""
+    group = min(group or columns, columns)
+    fits = group == columns or (
+        group % 16 == 0 if bits == 8 else group % 8 == 0 and (128 % group == 0 or group % 128 == 0)
+    )
+    if not fits or bits not in (INT8, INT4) or words.device.type != "cpu":
+        return None
+    words, scale = words.contiguous(), scale.contiguous()
+    scale = scale if scale.dtype in KINDS else scale.float()
+    O, W = words.shape[-2:]
+    return _matrix(
+        (words, scale),
+        kind=bits,
+        scale_kind=KINDS[scale.dtype],
+        rows=O,
+        columns=columns,
+        data=words.data_ptr(),
+        scale=scale.data_ptr(),
+        row_bytes=4 * W,
+        stack_bytes=4 * W * O,
+        scale_row=scale.shape[-1],
+        scale_stack=scale.shape[-1] * O,
+        group=group,
+    )
+
+
+def _matrix(tensors: tuple[Tensor, ...], **fields: Any) -> Matrix:
+    made = Matrix(**fields)
+    made.tensors = tensors
+    return made
+
+
+def product(library: ctypes.CDLL, m: Matrix, x_TI: Tensor) -> Tensor:
+    """x Wᵀ [T, O], float32."""
+    x_TI = x_TI.float().contiguous()
+    y_TO = torch.empty(x_TI.shape[0], m.rows)
+    library.cavelight_product(
+        ctypes.byref(m), _at(x_TI), ctypes.c_int64(len(x_TI)), _at(y_TO), ctypes.c_int64(torch.get_num_threads())
+    )
+    return y_TO
+
+
+def layer(
+    library: ctypes.CDLL, l: Layer, x_TD: Tensor, cos_sin: tuple[Tensor, Tensor], rows_ZL: Tensor, places: Places
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """A layer's output [T, D]; and of its router the ids [T, K], weights [T, K] and scores [T, E].
+
+    Puts the tokens' rows into `rows_ZL`, a layer's part of a cache, in float32 or bfloat16. All else is float32.
+    """
+    T = x_TD.shape[0]
+    x_TD, cos, sin = (t.contiguous() for t in (x_TD, *cos_sin))
+    y_TD, scores_TE = torch.empty(T, l.D), torch.empty(T, l.E)
+    ids_TK, weights_TK = torch.empty(T, l.K, dtype=torch.int64), torch.empty(T, l.K)
+    step = _Step(
+        T=T,
+        spans_count=places.spans.shape[0],
+        threads=torch.get_num_threads(),
+        x=x_TD.data_ptr(),
+        cos=cos.data_ptr(),
+        sin=sin.data_ptr(),
+        spans=places.spans.data_ptr(),
+        rows=rows_ZL.data_ptr(),
+        pages=places.pages.data_ptr(),
+        page=places.page,
+        width=rows_ZL.shape[1],
+        half=rows_ZL.dtype == torch.bfloat16,
+        y=y_TD.data_ptr(),
+        ids=ids_TK.data_ptr(),
+        weights=weights_TK.data_ptr(),
+        scores=scores_TE.data_ptr(),
+    )
+    library.cavelight_layer(ctypes.byref(l), ctypes.byref(step))
+    return y_TD, (ids_TK, weights_TK, scores_TE)
+
+
+def _at(tensor: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())

@@ -1,0 +1,101 @@
+"""Building the C++ beside this file with whatever compiler is here, once for each machine and source, and loading it."""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from threading import Lock, Thread
+
+SOURCES = Path(__file__).parent
+COMPILERS = ("c++", "g++", "clang++")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC", "-w")
+SWITCH = "CAVELIGHT_NATIVE"  # 0: never use what is built here
+PATIENCE = 300.0  # seconds
+
+
+class Build:
+    """A shared library, ready at once if some earlier run built it, and otherwise some seconds after it is asked for."""
+
+    def __init__(self, source: str, folder: Callable[[], Path]) -> None:
+        self.source, self.folder = SOURCES / source, folder
+        self.lock = Lock()
+        self.loaded: ctypes.CDLL | None = None
+        self.reason: str | None = None
+        self.thread: Thread | None = None
+
+    def library(self, wait: bool = False) -> ctypes.CDLL | None:
+        """The library. None while it is being built in the background, unless told to wait, and if it cannot be."""
+        if self.loaded is not None or self.reason is not None:
+            return self.loaded
+        with self.lock:
+            if self.thread is None:
+                if os.environ.get(SWITCH) == "0":
+                    self.reason = f"{SWITCH} is 0"
+                    return None
+                if self._load(self._file()):
+                    return self.loaded
+                self.thread = Thread(target=self._run, daemon=True)
+                self.thread.start()
+        if wait:
+            self.thread.join()
+        return self.loaded
+
+    def why_not(self) -> str | None:
+        """Why there is no library; None if there is one, or may be one soon."""
+        return self.reason
+
+    def _run(self) -> None:
+        try:
+            file = self._file()
+            self._compile(file)
+            if not self._load(file):
+                self.reason = f"{file} cannot be loaded"
+        except (OSError, subprocess.SubprocessError) as error:
+            self.reason = _told(error)
+
+    def _compile(self, file: Path) -> None:
+        compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
+        if compiler is None:
+            raise OSError("there is no C++ compiler (one of " + ", ".join(COMPILERS) + ")")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+            made = Path(folder) / file.name
+            command = [compiler, *FLAGS, "-o", str(made), str(self.source)]
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=PATIENCE)
+            os.replace(made, file)
+
+    def _load(self, file: Path) -> bool:
+        try:
+            self.loaded = ctypes.CDLL(str(file)) if file.exists() else None
+        except OSError:  # of another machine, or damaged: built anew
+            self.loaded = None
+        return self.loaded is not None
+
+    def _file(self) -> Path:
+        """Its name tells sources, flags and processor, so that a shared home folder serves different machines."""
+        told = hashlib.sha256()
+        for file in sorted(SOURCES.glob("*.[ch]*")):
+            told.update(file.read_bytes())
+        told.update(" ".join((*FLAGS, platform.machine(), _processor())).encode())
+        return self.folder() / f"{self.source.stem}-{told.hexdigest()[:16]}.so"
+
+
+def _processor() -> str:
+    """What tells one kind of processor from another."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
+
+
+def _told(error: Exception) -> str:
+    if isinstance(error, subprocess.CalledProcessError):
+        lines = [line for line in error.stderr.splitlines() if "error" in line] or error.stderr.splitlines() or [""]
+        return f"the C++ compiler failed: {lines[0]}"
+    return str(error)

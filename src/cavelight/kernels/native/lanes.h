@@ -1,0 +1,74 @@
+// Sixteen floats at a time, in the compiler's own vector types: AVX-512, AVX2 or NEON come out of the same lines.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace cavelight {
+
+constexpr int LANES = 16;
+typedef float v16 __attribute__((vector_size(64)));
+typedef int32_t i16 __attribute__((vector_size(64)));
+typedef uint16_t h16 __attribute__((vector_size(32)));
+typedef int8_t b16 __attribute__((vector_size(16)));
+
+template <class V>
+inline V load(const void *p) {
+    V v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+
+inline void store(float *p, v16 v) { std::memcpy(p, &v, sizeof v); }
+inline v16 all(float x) { return v16{} + x; }
+inline v16 as_float(i16 v) { return (v16)v; }
+
+// bfloat16 is the upper half of a float32.
+inline v16 widen(h16 v) { return as_float(__builtin_convertvector(v, i16) << 16); }
+inline float widen(uint16_t x) {
+    uint32_t bits = uint32_t(x) << 16;
+    float y;
+    std::memcpy(&y, &bits, 4);
+    return y;
+}
+inline uint16_t narrow(float x) {  // to the nearest, ties to even; NaN stays NaN
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    if (x != x) return 0x7fc0;
+    return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+inline float sum(v16 v) {  // always in the same order
+    float parts[LANES], total = 0;
+    store(parts, v);
+    for (int width = LANES / 2; width; width /= 2)
+        for (int i = 0; i < width; i++) parts[i] += parts[i + width];
+    total = parts[0];
+    return total;
+}
+
+inline v16 larger(v16 a, v16 b) { return a > b ? a : b; }
+
+// e^x within 2 units in the last place; 0 for x far below zero, minus infinity included.
+inline v16 exp(v16 x) {
+    const v16 magic = all(12582912.0f);  // adding it rounds to a whole number
+    v16 least = all(-87.0f), low = x < least ? least : x;
+    v16 n = low * 1.44269504f + magic - magic;
+    v16 r = low - n * 0.693359375f + n * 2.12194440e-4f;
+    v16 y = all(1.9875691500e-4f);
+    y = y * r + 1.3981999507e-3f;
+    y = y * r + 8.3334519073e-3f;
+    y = y * r + 4.1665795894e-2f;
+    y = y * r + 1.6666665459e-1f;
+    y = y * r + 5.0000001201e-1f;
+    y = y * r * r + r + 1.0f;
+    i16 power = (__builtin_convertvector(n, i16) + 127) << 23;
+    y *= as_float(power);
+    return x < least ? v16{} : y;
+}
+
+inline float silu(float x) { return x / (1.0f + std::exp(-x)); }
+
+}  // namespace cavelight

@@ -1,0 +1,367 @@
+// One layer of a DeepSeek-V2/V3-style model for a few tokens of any sequences: latent attention over their caches in
+// pages, then a dense feed-forward or a mixture of experts. Weights are read once, where they lie; sums are float32.
+//
+// Letters: T tokens, D hidden size, H heads, N width without position, R rotary width, U value width, C latent width,
+// L = C + R, E experts, K experts a token, G groups of experts, F width of a feed-forward.
+#include <atomic>
+#include <numeric>
+
+#include "attention.h"
+#include "product.h"
+
+using namespace cavelight;
+
+namespace {
+
+constexpr int64_t CHUNK = 64;  // outputs of a matrix that a thread takes at a time
+constexpr int PHASES = 12;
+
+// Threads take numbered pieces of work as they get free, phase after phase.
+struct Team {
+    std::atomic<int64_t> next[PHASES] = {};
+    template <class Act>
+    void share(int phase, int64_t count, Act act) {
+        for (int64_t i; (i = next[phase]++) < count;) act(i);
+    }
+};
+
+int64_t chunks(const Matrix &m) { return (m.rows + CHUNK - 1) / CHUNK; }
+
+void chunk_of(const Matrix &m, int64_t e, int64_t i, const float *x, int64_t T, float *y, int64_t width) {
+    rows(m, e, i * CHUNK, std::min(m.rows, (i + 1) * CHUNK), x, T, y, width);
+}
+
+void norm(const float *x, const float *gain, float eps, int64_t width, float *y) {
+    v16 squares = {};
+    float rest = 0;
+    int64_t i = 0;
+    for (; i + LANES <= width; i += LANES) squares += load<v16>(x + i) * load<v16>(x + i);
+    for (; i < width; i++) rest += x[i] * x[i];
+    float r = 1.0f / std::sqrt((sum(squares) + rest) / width + eps);
+    for (i = 0; i < width; i++) y[i] = x[i] * r * gain[i];
+}
+
+void norms(const float *x, int64_t stride, const float *gain, float eps, int64_t T, int64_t width,
+           std::vector<float> &y) {
+    y.resize(T * width);
+    for (int64_t t = 0; t < T; t++) norm(x + t * stride, gain, eps, width, &y[t * width]);
+}
+
+// RoPE on adjacent pairs.
+void rotate(const float *x, const float *cos, const float *sin, int64_t R, float *y) {
+    for (int64_t i = 0; i < R / 2; i++) {
+        float a = x[2 * i], b = x[2 * i + 1];
+        y[2 * i] = a * cos[i] - b * sin[i];
+        y[2 * i + 1] = a * sin[i] + b * cos[i];
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+struct Layer {
+    int64_t D, H, N, R, C, U, E, K, G, kept_groups, best_of_group;
+    int32_t low_rank_query, sigmoid, normalise, shared;  // shared: a dense layer's whole feed-forward, too
+    float eps, latent_eps, softmax_scale, routed_scale;
+    const float *attention_norm, *query_norm, *latent_norm, *ffn_norm, *bias;
+    Matrix query_down, query_up, latent_down, key_up, value_up, output;
+    Matrix router, gate, up, down, shared_gate, shared_up, shared_down;
+};
+
+struct Step {
+    int64_t T, spans_count, threads;
+    const float *x, *cos, *sin;
+    const Span *spans;
+    Past past;
+    float *y;                // [T, D]
+    int64_t *ids;            // [T, K]
+    float *weights, *scores;  // [T, K], [T, E]
+};
+}
+
+namespace {
+
+// What a step needs to remember between its phases. One for each thread that asks for steps.
+struct Room {
+    std::vector<float> low, latent, query, lanes, mixed, values, x, routed, shared, hidden, shared_hidden, normed;
+    std::vector<i16> last;
+    std::vector<Piece> pieces;
+    std::vector<int64_t> group_of_span, met, first_pair, pair;
+    Sums sums;
+};
+
+// The largest K of choice_E, marked taken by -inf as they are found; the lowest number wins a tie.
+int64_t take_largest(float *choice, int64_t E) {
+    int64_t best = std::max_element(choice, choice + E) - choice;
+    choice[best] = -INFINITY;
+    return best;
+}
+
+void choose(const Layer &l, const float *logits, float *scores, int64_t *ids, float *weights) {
+    std::vector<float> choice(l.E), group(l.G), some;
+    if (l.sigmoid) {
+        for (int64_t e = 0; e < l.E; e++) scores[e] = 1.0f / (1.0f + std::exp(-logits[e]));
+    } else {
+        float most = *std::max_element(logits, logits + l.E), total = 0;
+        for (int64_t e = 0; e < l.E; e++) total += scores[e] = std::exp(logits[e] - most);
+        for (int64_t e = 0; e < l.E; e++) scores[e] /= total;
+    }
+    for (int64_t e = 0; e < l.E; e++) choice[e] = scores[e] + (l.bias ? l.bias[e] : 0.0f);
+    if (l.best_of_group) {  // only the best groups are kept
+        int64_t each = l.E / l.G;
+        for (int64_t g = 0; g < l.G; g++) {
+            some.assign(&choice[g * each], &choice[g * each] + each);
+            std::partial_sort(some.begin(), some.begin() + l.best_of_group, some.end(), std::greater<float>());
+            group[g] = std::accumulate(some.begin(), some.begin() + l.best_of_group, 0.0f);
+        }
+        std::vector<bool> kept(l.G);
+        for (int64_t i = 0; i < l.kept_groups; i++) kept[take_largest(group.data(), l.G)] = true;
+        for (int64_t e = 0; e < l.E; e++)
+            if (!kept[e / each]) choice[e] = -INFINITY;
+    }
+    float total = 0;
+    for (int64_t k = 0; k < l.K; k++) {
+        ids[k] = take_largest(choice.data(), l.E);
+        total += weights[k] = scores[ids[k]];
+    }
+    for (int64_t k = 0; k < l.K; k++)
+        weights[k] = (l.normalise ? weights[k] / (total + 1e-20f) : weights[k]) * l.routed_scale;
+}
+
+// Pairs of token and choice by expert: met experts, and where each one's pairs begin.
+void sort_pairs(const Layer &l, const Step &s, Room &room) {
+    std::vector<int64_t> count(l.E);
+    for (int64_t p = 0; p < s.T * l.K; p++) count[s.ids[p]]++;
+    room.met.clear(), room.first_pair.assign(1, 0), room.pair.clear();
+    for (int64_t e = 0; e < l.E; e++) {
+        if (!count[e]) continue;
+        room.met.push_back(e);
+        room.first_pair.push_back(room.first_pair.back() + count[e]);
+        for (int64_t p = 0; p < s.T * l.K; p++)
+            if (s.ids[p] == e) room.pair.push_back(p);
+    }
+}
+
+// The queries of one head, taken down into the latent space and scaled, into their lanes.
+void absorb(const Layer &l, const Step &s, int64_t h, Room &room) {
+    const int64_t L = l.C + l.R, width = l.N + l.R;
+    std::vector<float> row(L);
+    for (int64_t n = 0; n < s.spans_count; n++) {
+        const Span &span = s.spans[n];
+        for (int64_t j = 0; j < span.count; j++) {
+            int64_t t = span.first + j;
+            const float *q = &room.query[(t * l.H + h) * width];
+            const uint8_t *up = l.key_up.data + h * l.key_up.stack_bytes;
+            for (int64_t c = 0; c < l.C; c += 4 * LANES) {
+                v16 sums[4] = {};
+                int parts = std::min<int64_t>(4, (l.C - c) / LANES);
+                for (int64_t i = 0; i < l.N; i++)
+                    for (int part = 0; part < parts; part++) {
+                        int64_t at = c + part * LANES;
+                        const uint8_t *p = up + i * l.key_up.row_bytes;
+                        sums[part] += q[i] * (l.key_up.kind == BFLOAT16 ? widen(load<h16>(p + 2 * at)) : load<v16>(p + 4 * at));
+                    }
+                for (int part = 0; part < parts; part++) store(&row[c + part * LANES], sums[part]);
+            }
+            rotate(q + l.N, s.cos + t * l.R / 2, s.sin + t * l.R / 2, l.R, &row[l.C]);
+            int64_t lane = j * l.H + h;
+            float *to = &room.lanes[(room.group_of_span[n] + lane / LANES) * L * LANES + lane % LANES];
+            for (int64_t i = 0; i < L; i++) to[i * LANES] = row[i] * l.softmax_scale;
+        }
+    }
+}
+
+// Cut every sequence's past into pieces, and say what each lane may see.
+void cut(const Layer &l, const Step &s, Room &room) {
+    int64_t groups = 0, out = 0;
+    room.pieces.clear(), room.group_of_span.clear(), room.last.clear();
+    for (int64_t n = 0; n < s.spans_count; n++) {
+        const Span &span = s.spans[n];
+        int64_t G = groups_of(span, l.H), end = span.start + span.count;
+        room.group_of_span.push_back(groups);
+        for (int64_t lane = 0; lane < G * LANES; lane++) {
+            if (lane % LANES == 0) room.last.push_back(i16{});
+            room.last.back()[lane % LANES] = int32_t(span.start + std::min(lane / l.H, span.count - 1));
+        }
+        for (int64_t first = 0; first < end; first = piece_end(first), out += G)
+            room.pieces.push_back({n, first, std::min(end, piece_end(first)), out});
+        groups += G;
+    }
+    room.lanes.assign(groups * (l.C + l.R) * LANES, 0.0f);
+    room.sums.make_room(out, l.C);
+}
+
+// Put the pieces of one span's past together for sixteen of the latent's columns: mixed[h][t][c].
+void gather(const Layer &l, const Step &s, int64_t n, int64_t c, Room &room) {
+    const Span &span = s.spans[n];
+    auto first = std::find_if(room.pieces.begin(), room.pieces.end(), [n](const Piece &p) { return p.span == n; });
+    auto last = std::find_if(first, room.pieces.end(), [n](const Piece &p) { return p.span != n; });
+    for (int64_t g = 0; g < groups_of(span, l.H); g++) {
+        v16 largest = all(-1e30f), total = {}, mixed[LANES] = {};
+        for (auto p = first; p != last; p++) largest = larger(largest, load<v16>(&room.sums.largest[(p->out + g) * LANES]));
+        for (auto p = first; p != last; p++) {
+            int64_t at = p->out + g;
+            v16 weight = exp(load<v16>(&room.sums.largest[at * LANES]) - largest);
+            total += weight * load<v16>(&room.sums.total[at * LANES]);
+            for (int i = 0; i < LANES; i++) mixed[i] += weight * load<v16>(&room.sums.mixed[(at * l.C + c + i) * LANES]);
+        }
+        for (int lane = 0; lane < LANES && g * LANES + lane < span.count * l.H; lane++) {
+            int64_t query = g * LANES + lane, t = span.first + query / l.H, h = query % l.H;
+            float *to = &room.mixed[(h * s.T + t) * l.C + c];
+            for (int i = 0; i < LANES; i++) to[i] = mixed[i][lane] / total[lane];
+        }
+    }
+}
+
+void swiglu(float *gate, const float *up, int64_t count) {
+    for (int64_t i = 0; i < count; i++) gate[i] = silu(gate[i]) * up[i];
+}
+
+}  // namespace
+
+extern "C" {
+
+// y [T, O] = x [T, I] W^T.
+void cavelight_product(const Matrix *m, const float *x, int64_t T, float *y, int64_t threads) {
+    Team team;
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<float> room;
+        const float *mine = arranged(m->kind, x, T, m->columns, room);
+        team.share(0, chunks(*m), [&](int64_t i) { chunk_of(*m, 0, i, mine, T, y, m->rows); });
+    }
+}
+
+void cavelight_layer(const Layer *layer, const Step *step) {
+    static thread_local Room asked;
+    const Layer &l = *layer;
+    const Step &s = *step;
+    Room &room = asked;
+    Team team;
+    const int64_t T = s.T, D = l.D, L = l.C + l.R, Q = l.query_down.rows, heads = l.H * (l.N + l.R);
+    room.low.resize(T * Q), room.latent.resize(T * L), room.query.resize(T * heads);
+    room.mixed.resize(l.H * T * l.C), room.values.resize(T * l.H * l.U), room.x.resize(T * D);
+    const int64_t F = l.gate.rows, S = l.shared_gate.rows;
+    room.hidden.resize(2 * T * l.K * F), room.routed.resize(T * l.K * D);
+    room.shared_hidden.resize(2 * T * S), room.shared.resize(T * D);
+    room.normed.resize(T * l.E);
+    float *logits = room.normed.data();
+    cut(l, s, room);
+
+#pragma omp parallel num_threads(s.threads)
+    {
+        std::vector<float> normed, order, inner, look_room;
+
+        // Down into the latents of queries and of keys and values.
+        norms(s.x, D, l.attention_norm, l.eps, T, D, normed);
+        const Matrix &first = l.low_rank_query ? l.query_down : l.query_up;
+        const float *x = arranged(first.kind, normed.data(), T, D, order);
+        const float *x_latent = first.kind == l.latent_down.kind ? x : arranged(l.latent_down.kind, normed.data(), T, D, inner);
+        int64_t before = chunks(first);
+        team.share(0, before + chunks(l.latent_down), [&](int64_t i) {
+            if (i < before)
+                chunk_of(first, 0, i, x, T, l.low_rank_query ? room.low.data() : room.query.data(), first.rows);
+            else
+                chunk_of(l.latent_down, 0, i - before, x_latent, T, room.latent.data(), L);
+        });
+#pragma omp barrier
+        // Up to the heads' queries; the new rows go into the cache.
+        if (l.low_rank_query) {
+            norms(room.low.data(), Q, l.query_norm, l.latent_eps, T, Q, normed);
+            x = arranged(l.query_up.kind, normed.data(), T, Q, order);
+            team.share(1, chunks(l.query_up), [&](int64_t i) { chunk_of(l.query_up, 0, i, x, T, room.query.data(), heads); });
+        }
+        team.share(2, s.spans_count, [&](int64_t n) {
+            std::vector<float> row(L);
+            for (int64_t j = 0; j < s.spans[n].count; j++) {
+                int64_t t = s.spans[n].first + j;
+                norm(&room.latent[t * L], l.latent_norm, l.latent_eps, l.C, row.data());
+                rotate(&room.latent[t * L + l.C], s.cos + t * l.R / 2, s.sin + t * l.R / 2, l.R, &row[l.C]);
+                s.past.put(s.spans[n], s.spans[n].start + j, row.data());
+            }
+        });
+#pragma omp barrier
+        team.share(3, l.H, [&](int64_t h) { absorb(l, s, h, room); });
+#pragma omp barrier
+        team.share(4, room.pieces.size(), [&](int64_t i) {
+            const Piece &piece = room.pieces[i];
+            int64_t group = room.group_of_span[piece.span];
+            look(s.past, s.spans[piece.span], piece, l.H, l.C, &room.lanes[group * L * LANES], &room.last[group],
+                 room.sums, look_room);
+        });
+#pragma omp barrier
+        int64_t columns = l.C / LANES;
+        team.share(5, s.spans_count * columns, [&](int64_t i) { gather(l, s, i / columns, i % columns * LANES, room); });
+#pragma omp barrier
+        team.share(6, l.H, [&](int64_t h) {
+            const float *x = arranged(l.value_up.kind, &room.mixed[h * T * l.C], T, l.C, inner);
+            rows(l.value_up, h, 0, l.U, x, T, &room.values[h * l.U], l.H * l.U);
+        });
+#pragma omp barrier
+        x = arranged(l.output.kind, room.values.data(), T, l.H * l.U, order);
+        team.share(7, chunks(l.output), [&](int64_t i) {
+            chunk_of(l.output, 0, i, x, T, room.x.data(), D);
+            for (int64_t t = 0; t < T; t++)
+                for (int64_t d = i * CHUNK; d < std::min(D, (i + 1) * CHUNK); d++) room.x[t * D + d] += s.x[t * D + d];
+        });
+#pragma omp barrier
+        // The feed-forward: routing first, beside the part that all tokens go through.
+        norms(room.x.data(), D, l.ffn_norm, l.eps, T, D, normed);
+        if (l.E) {
+            x = arranged(l.router.kind, normed.data(), T, D, order);
+            team.share(8, (l.E + 7) / 8, [&](int64_t i) { rows(l.router, 0, 8 * i, std::min(l.E, 8 * i + 8), x, T, logits, l.E); });
+#pragma omp barrier
+#pragma omp single nowait
+            {
+                for (int64_t t = 0; t < T; t++)
+                    choose(l, logits + t * l.E, s.scores + t * l.E, s.ids + t * l.K, s.weights + t * l.K);
+                sort_pairs(l, s, room);
+            }
+        }
+        if (l.shared) {
+            x = arranged(l.shared_gate.kind, normed.data(), T, D, order);
+            team.share(9, chunks(l.shared_gate), [&](int64_t i) {
+                float *gate = room.shared_hidden.data(), *up = gate + T * S;
+                chunk_of(l.shared_gate, 0, i, x, T, gate, S), chunk_of(l.shared_up, 0, i, x, T, up, S);
+                int64_t from = i * CHUNK, count = std::min(S - from, CHUNK);
+                for (int64_t t = 0; t < T; t++) swiglu(gate + t * S + from, up + t * S + from, count);
+            });
+        }
+#pragma omp barrier
+        const int64_t met = l.E ? room.met.size() : 0, parts = l.E ? chunks(l.gate) : 1;
+        if (l.E) {
+            x = arranged(l.gate.kind, normed.data(), T, D, order);
+            team.share(10, met * parts, [&](int64_t i) {
+                int64_t at = i / parts, first = room.first_pair[at], n = room.first_pair[at + 1] - first;
+                float *gate = &room.hidden[first * F], *up = &room.hidden[(T * l.K + first) * F];
+                inner.resize(n * D);
+                for (int64_t j = 0; j < n; j++) std::copy_n(x + room.pair[first + j] / l.K * D, D, &inner[j * D]);
+                chunk_of(l.gate, room.met[at], i % parts, inner.data(), n, gate, F);
+                chunk_of(l.up, room.met[at], i % parts, inner.data(), n, up, F);
+                int64_t from = i % parts * CHUNK, count = std::min(F - from, CHUNK);
+                for (int64_t j = 0; j < n; j++) swiglu(gate + j * F + from, up + j * F + from, count);
+            });
+#pragma omp barrier
+        }
+        const int64_t down_parts = chunks(l.shared ? l.shared_down : l.down), routed = met * down_parts;
+        if (l.shared) x = arranged(l.shared_down.kind, room.shared_hidden.data(), T, S, order);
+        team.share(11, routed + (l.shared ? down_parts : 0), [&](int64_t i) {
+            if (i >= routed) return chunk_of(l.shared_down, 0, i - routed, x, T, room.shared.data(), D);
+            int64_t at = i / down_parts, first = room.first_pair[at], n = room.first_pair[at + 1] - first;
+            const float *mine = arranged(l.down.kind, &room.hidden[first * F], n, F, inner);
+            chunk_of(l.down, room.met[at], i % down_parts, mine, n, &room.routed[first * D], D);
+        });
+    }
+    std::vector<int64_t> place(T * l.K);
+    for (size_t i = 0; l.E && i < room.pair.size(); i++) place[room.pair[i]] = i;
+    for (int64_t t = 0; t < T; t++)
+        for (int64_t d = 0; d < D; d++) {
+            float total = room.x[t * D + d] + (l.shared ? room.shared[t * D + d] : 0.0f);
+            float routed = 0;
+            for (int64_t k = 0; k < l.K; k++) routed += s.weights[t * l.K + k] * room.routed[place[t * l.K + k] * D + d];
+            s.y[t * D + d] = total + routed;
+        }
+}
+
+}
