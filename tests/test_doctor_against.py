@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.deepseek_v3 import modeling_deepseek_v3 as theirs_v3
 
-from cavelight.doctor import against, witness
+from cavelight.doctor import witness
 from cavelight.doctor.against import against_transformers, spread
 from cavelight.doctor.findings import Finding
 from cavelight.doctor.witness import Witness, open_transformers
