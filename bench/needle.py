@@ -27,7 +27,7 @@ from cavelight.spec.cost import total_parameters
 from cavelight.spec.recipe import Recipe
 from cavelight.train.extend import extend, length_name
 from cavelight.train.loop import train
-from cavelight.train.needle import Found, find_needles
+from cavelight.train.needle import Found, find_needles, plain_text
 from cavelight.train.state import RunFolder, read_metrics
 
 # Steps and rates of so small a model, about 4,096 tokens a step or one row. The first three phases are there because
@@ -101,7 +101,7 @@ def asked(folder: Path, lengths: Sequence[int], trials: int, out: Path, name: st
         model, tokenizer = load(folder, torch.float32)
         with screen(f"Needles in {folder}", as_json=False) as listen:
             hay = held_out_tokens(folder, None, tokenizer, listen).tokens_N[: max(lengths)]
-            text = tokenizer.decode(hay.tolist())
+            text = plain_text(tokenizer, hay.tolist())
             results = find_needles(model, tokenizer, text, lengths, depths=DEPTHS, trials=trials, on_event=listen)
         with file_beside(kept) as scratch:
             scratch.write_text(json.dumps([asdict(result) for result in results]), encoding="utf-8")

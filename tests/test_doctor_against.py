@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.deepseek_v3 import modeling_deepseek_v3 as theirs_v3
 
-from cavelight.doctor import against, witness
+from cavelight.doctor import witness
 from cavelight.doctor.against import against_transformers, spread
 from cavelight.doctor.findings import Finding
 from cavelight.doctor.witness import Witness, open_transformers
@@ -392,6 +392,6 @@ def test_prediction_modules_that_transformers_cannot_read_are_not_compared(folde
 
 
 def test_a_model_that_does_not_fit_twice_is_not_opened(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(against.os, "sysconf", lambda name: 100)
+    monkeypatch.setattr("cavelight.memory.machine_memory", lambda: 10_000)
     with pytest.raises(UserError, match="Memory is too small"):
         against_transformers(folders(tiny()))

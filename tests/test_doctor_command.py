@@ -138,7 +138,7 @@ def test_the_model_runs_where_there_is_a_tokenizer_and_beside_transformers_in_an
 
 
 def test_a_model_larger_than_memory_is_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(running, "_memory", lambda: 1000)
+    monkeypatch.setattr(running, "machine_memory", lambda: 1000)
     findings = examine(patient(tiny()).write(tmp_path / "model"), "model")
     (found,) = (finding for finding in findings if finding.verdict != "pass")
     assert (found.check, found.verdict) == ("model", "warn") and "memory" in found.sentence

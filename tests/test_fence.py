@@ -12,6 +12,7 @@ LAYERS = {
     "errors": 0,
     "kernels": 0,
     "disk": 1,
+    "memory": 1,
     "spec": 2,
     "model": 3,
     "plan": 3,
@@ -29,7 +30,7 @@ LAYERS = {
     "cli": 8,
     "__main__": 9,
 }
-WITHOUT_TORCH = {"errors", "disk", "spec", "plan"}
+WITHOUT_TORCH = {"errors", "disk", "memory", "spec", "plan"}
 LIGHT_AT_IMPORT = {"cli", "__init__", "__main__"}  # may use torch, but inside functions only
 HEAVY = {"torch", "numpy", "matplotlib", "safetensors", "tokenizers", "transformers", "jinja2"}
 LONGEST = 450  # lines of a file

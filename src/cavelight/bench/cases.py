@@ -7,9 +7,10 @@ and a depth of 16K need not be computed first. Tokens are random too, so that ex
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from cavelight.model.moe import MoE
 from cavelight.model.ports import GroupedDispatch
 from cavelight.model.router import Routing
 from cavelight.model.transformer import Transformer
+from cavelight.run.engine import page_bytes
 from cavelight.run.generate import CHUNK
 from cavelight.run.paged import PagedCache, Span
 from cavelight.spec.config import ModelConfig
@@ -26,23 +28,54 @@ from cavelight.spec.cost import Form, flops_per_token, stored_bytes_per_token
 
 SECONDS, LEAST, MOST = 2.0, 5, 200  # of steps that are timed: how long, at least and at most how many
 WARM = 2  # steps before those
+PAGE = 64  # positions
+
+Kind = Literal["prompt", "decoding", "verifying"]
 
 
 @dataclass(frozen=True)
 class Case:
-    """`batch` sequences with `depth` cached positions each take `tokens` more: many are a prompt, one is decoding."""
+    """`batch` sequences with `depth` cached positions each take `tokens` more.
 
+    Of a prompt, which goes through in chunks, only what follows its last token is asked for, as in `run.generate`.
+    Decoding takes one token, verifying takes drafts too, and what follows is asked of each of them.
+    """
+
+    kind: Kind
     depth: int
     tokens: int = 1
     batch: int = 1
 
     @property
     def name(self) -> str:
-        what = "prompt" if self.tokens > CHUNK or (self.tokens > 16 and not self.depth) else "decoding"
-        if what == "decoding" and self.tokens > 1:
-            what = f"verifying {self.tokens}"
-        company = f", {self.batch} at once" if self.batch > 1 else ""
-        return f"{what} {self.tokens:,}" if what == "prompt" else f"{what} at {self.depth:,}{company}"
+        what = self.kind if self.kind == "decoding" else f"{self.kind} {self.tokens:,}"
+        where = "" if self.kind == "prompt" and not self.depth else f" at {self.depth:,}"
+        return what + where + (f", {self.batch:,} at once" if self.batch > 1 else "")
+
+    @property
+    def chunks(self) -> list[tuple[int, int]]:
+        """Of every pass of the trunk: the first position and the number of tokens of each sequence."""
+        end = self.depth + self.tokens
+        return [(start, min(CHUNK, end - start)) for start in range(self.depth, end, CHUNK)]
+
+    @property
+    def rows(self) -> int:
+        """Of the cache that a layer reads: every pass looks at all that is there by then."""
+        return self.batch * sum(start + count for start, count in self.chunks)
+
+    @property
+    def pages(self) -> int:
+        """Of the cache, for each sequence."""
+        return -(-(self.depth + self.tokens) // PAGE)
+
+    def once_is_enough(self, seconds: float) -> bool:
+        """Of a long prompt, after warming up."""
+        return self.kind == "prompt" and seconds > SECONDS
+
+
+def cache_bytes(config: ModelConfig, case: Case, dtype: torch.dtype) -> int:
+    """Of the cache that a case is measured with."""
+    return case.batch * case.pages * page_bytes(config, PAGE, dtype)
 
 
 @dataclass(frozen=True)
@@ -66,10 +99,8 @@ class Measured:
 @torch.inference_mode()
 def measure(model: Transformer, case: Case, clock: Callable[[], float] = time.perf_counter) -> Measured:
     """Time a case. Memory: the caches of its sequences. Raises nothing of its own."""
-    size = 64
-    pages = -(-(case.depth + case.tokens) // size)
     weight = model.lm_head.weight
-    cache = PagedCache(model.config, pages * case.batch, size, weight.dtype, weight.device)
+    cache = PagedCache(model.config, case.batch * case.pages, PAGE, weight.dtype, weight.device)
     cache.rows_MZL.normal_(0, 1)
     source = torch.Generator().manual_seed(0)
     seconds: list[float] = []
@@ -80,36 +111,38 @@ def measure(model: Transformer, case: Case, clock: Callable[[], float] = time.pe
             seconds, met, ends = [], [], clock() + SECONDS
         tokens_BT = torch.randint(model.config.vocab_size, (case.batch, case.tokens), generator=source)
         began = clock()
-        routings = _step(model, cache, case, tokens_BT, pages)
+        routings = _step(model, cache, case, tokens_BT)
         seconds.append(clock() - began)
         met.append(sum(expert_bytes(model, some) for some in routings))
-        if ends and case.tokens > CHUNK and seconds[-1] > SECONDS:
-            break  # a long prompt, once after warming up
-    chunks = max(1, -(-case.tokens // CHUNK)) if case.batch == 1 else 1
-    fixed = plain_bytes(model) * chunks
-    rows = case.batch * (case.depth + case.tokens) * stored_bytes_per_token(model.config, weight.element_size())
-    return Measured(case, tuple(seconds), fixed + median(met) + rows, flops(model.config, case))
+        if ends and case.once_is_enough(seconds[-1]):
+            break
+    weights = layer_bytes(model) * len(case.chunks) + head_bytes(model) + median(met)
+    rows = case.rows * stored_bytes_per_token(model.config, weight.element_size())
+    return Measured(case, tuple(seconds), weights + rows, flops(model.config, case))
 
 
-def _step(model: Transformer, cache: PagedCache, case: Case, tokens_BT: Tensor, pages: int) -> list[list[Routing]]:
-    """The trunk over all sequences, a long prompt in chunks as `generate` takes it, and the head where it is needed."""
+def _step(model: Transformer, cache: PagedCache, case: Case, tokens_BT: Tensor) -> list[list[Routing]]:
+    """The trunk over all sequences, chunk by chunk, and the head where it is needed: the routing of each pass."""
     routings = []
-    for first in range(0, case.tokens, CHUNK):
-        tokens_bT = tokens_BT[:, first : first + CHUNK]
-        count, start = tokens_bT.shape[1], case.depth + first
-        spans = [Span(range(b * pages, (b + 1) * pages), start, count) for b in range(case.batch)]
+    for start, count in case.chunks:
+        tokens_bT = tokens_BT[:, start - case.depth :][:, :count]
+        spans = [Span(range(b * case.pages, (b + 1) * case.pages), start, count) for b in range(case.batch)]
         positions_T = torch.arange(start, start + count).repeat(case.batch)
         hidden_TD, some = model(tokens_bT.flatten(), positions_T, cache.at(spans), GroupedDispatch())
         routings.append(some)
-    model.head(hidden_TD if case.tokens <= 16 else hidden_TD[-1:])
+    model.head(hidden_TD[count - 1 :: count] if case.kind == "prompt" else hidden_TD)
     return routings
 
 
-def plain_bytes(model: Transformer) -> int:
-    """Of everything that every pass reads: all but routed experts, the embedding and the MTP modules."""
+def layer_bytes(model: Transformer) -> int:
+    """Of what every pass of the trunk reads whatever its tokens are: its layers but for the routed experts."""
     experts = [layer.mlp.experts for layer in model.model.layers if isinstance(layer.mlp, MoE)]
-    whole = sum(map(_bytes, _tensors(model.model.layers))) - sum(sum(map(_bytes, _tensors(e))) for e in experts)
-    return whole + sum(map(_bytes, _tensors(model.model.norm))) + sum(map(_bytes, _tensors(model.lm_head)))
+    return _bytes(model.model.layers) - sum(map(_bytes, experts))
+
+
+def head_bytes(model: Transformer) -> int:
+    """Of what is read once, where the tokens are asked for that follow."""
+    return _bytes(model.model.norm) + _bytes(model.lm_head)
 
 
 def expert_bytes(model: Transformer, routings: Sequence[Routing]) -> float:
@@ -117,27 +150,21 @@ def expert_bytes(model: Transformer, routings: Sequence[Routing]) -> float:
     E = model.config.n_routed_experts or 1
     layers = [layer.mlp for layer in model.model.layers if isinstance(layer.mlp, MoE)]
     return sum(
-        sum(map(_bytes, _tensors(mlp.experts))) / E * len(routing.ids_TK.unique())
-        for mlp, routing in zip(layers, routings, strict=True)
+        _bytes(mlp.experts) / E * len(routing.ids_TK.unique()) for mlp, routing in zip(layers, routings, strict=True)
     )
 
 
 def flops(config: ModelConfig, case: Case) -> float:
-    """Of a step, by spec.cost, in the form that attention takes; a prompt's head is counted for every token."""
-    total = 0.0
+    """Of a step, by spec.cost, in the form that attention takes."""
+    total, end = 0.0, case.depth + case.tokens
     H, N, R = config.num_attention_heads, config.qk_nope_head_dim, config.qk_rope_head_dim
-    for first in range(0, case.tokens, CHUNK):
-        count, past = min(CHUNK, case.tokens - first), case.depth + first
+    for past, count in case.chunks:
+        logits = 1.0 if case.kind != "prompt" else 1 / count if past + count == end else 0.0
         absorbed = attend.absorbed_is_cheaper(count, past + count, H, N, R, config.v_head_dim, config.kv_lora_rank)
         form: Form = "absorbed" if absorbed else "expanded"
-        total += count * flops_per_token(config, past, queries=count, form=form)
+        total += count * flops_per_token(config, past, queries=count, form=form, logits=logits)
     return total * case.batch
 
 
-def _tensors(module: torch.nn.Module) -> Iterator[Tensor]:
-    yield from module.parameters()
-    yield from module.buffers()
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+def _bytes(module: torch.nn.Module) -> int:
+    return sum(tensor.nbytes for tensors in (module.parameters(), module.buffers()) for tensor in tensors)

@@ -8,10 +8,14 @@ from typing import Any
 import torch
 
 from cavelight.bench.cases import LEAST, MOST, SECONDS, WARM, Case, Measured
-from cavelight.doctor.witness import REFUSALS, quiet_transformers
+from cavelight.doctor.witness import open_trunk, quiet_transformers
 from cavelight.errors import UserError
+from cavelight.memory import check_memory
 from cavelight.run.generate import CHUNK
 from cavelight.spec.config import ModelConfig
+from cavelight.spec.cost import total_parameters
+from cavelight.spec.formats import Format
+from cavelight.weights.files import abbreviated
 
 DEEPEST = 4096  # that is measured: it has to compute the past, and expands it for every token
 
@@ -19,23 +23,29 @@ DEEPEST = 4096  # that is measured: it has to compute the past, and expands it f
 class Transformers:
     """A checkpoint opened by transformers, with the attention and the experts that it chooses itself.
 
-    Raises UserError where transformers is missing or refuses the checkpoint.
+    Raises UserError where transformers is missing or refuses the checkpoint, where it would not compute the same model
+    from the same weights, and where memory is too small for it beside ours.
     """
 
     name = "transformers"
 
     def __init__(self, folder: Path, config: ModelConfig, dtype: torch.dtype) -> None:
+        _check_same(config)
+        check_memory(2 * total_parameters(config) * dtype.itemsize, "the model twice", "leave --against out")
         self.vocabulary = config.vocab_size
-        kind = "DeepseekV3ForCausalLM" if config.model_type == "deepseek_v3" else "DeepseekV2ForCausalLM"
         with quiet_transformers():
-            try:
-                opened: Any = getattr(import_module("transformers"), kind).from_pretrained(folder, dtype=dtype)
-            except REFUSALS as error:
-                raise UserError(f"transformers cannot open {folder}", got=" ".join(str(error).split())[:240]) from error
-        self.model = opened.eval()
+            opened = open_trunk(folder, config, dtype)
+        if opened.missing:
+            raise UserError(
+                f"transformers does not find all weights in {folder}",
+                got=abbreviated(opened.missing),
+                why="it fills what is missing at random: that is another model",
+                do="leave --against out; `cavelight doctor --against transformers` says more",
+            )
+        self.model = opened.model
 
     def takes(self, case: Case) -> bool:
-        return case.batch == 1 and case.depth <= DEEPEST and (case.tokens == 1 or case.depth == 0)
+        return case.kind in ("prompt", "decoding") and case.batch == 1 and case.depth <= DEEPEST
 
     @torch.inference_mode()
     def measure(self, case: Case) -> Measured:
@@ -50,7 +60,7 @@ class Transformers:
             seconds.append(time.perf_counter() - began)
             if past is not None:
                 past.crop(-case.tokens)
-            if ends and case.tokens > CHUNK and seconds[-1] > SECONDS:
+            if ends and case.once_is_enough(seconds[-1]):
                 break
         return Measured(case, tuple(seconds), 0.0, 0.0)
 
@@ -61,3 +71,16 @@ class Transformers:
             ids_BT = torch.randint(self.vocabulary, (1, min(CHUNK, tokens - first)), generator=source)
             past = self.model(ids_BT, past_key_values=past, use_cache=True, logits_to_keep=1).past_key_values
         return past
+
+
+def _check_same(config: ModelConfig) -> None:
+    """transformers knows latent attention under these names alone, and computes with packed weights in its own way."""
+    config.check_latent("--against transformers")
+    packed = Format.of(config.extra.get("quantization_config")).kind
+    if packed != "plain":
+        raise UserError(
+            "Packed weights cannot be compared with transformers",
+            got=f"weights packed as {packed}",
+            why="the two would compute with different weights, one of them with packed ones",
+            do="convert it with `cavelight convert --to hf` and bench the result, or leave --against out",
+        )

@@ -16,7 +16,7 @@ WIDTH, HEIGHT, LEFT, GAP, TOP = 3.1, 2.2, 0.6, 1.6, 1.1  # inches
 
 def draw_bench(rows: Sequence[Row], path: Path, title: str, facts: Sequence[str]) -> None:
     """Milliseconds a token: measured, and what reading its bytes takes at the probe's bandwidth."""
-    steps = [row for row in rows if row.ours.case.tokens == 1]
+    steps = [row for row in rows if row.ours.case.kind == "decoding"]
     alone = sorted((row for row in steps if row.ours.case.batch == 1), key=lambda row: row.ours.case.depth)
     company = sorted(
         (row for row in steps if alone and row.ours.case.depth == alone[0].ours.case.depth),
@@ -30,7 +30,7 @@ def draw_bench(rows: Sequence[Row], path: Path, title: str, facts: Sequence[str]
             axes = style.panel(figure, LEFT + place * (WIDTH + GAP), TOP, WIDTH, HEIGHT)
             style.entitle(axes, name, unit)
             if len(some) < 2:
-                style.say_instead(axes, "Only one was measured.")
+                style.say_instead(axes, "Fewer than two were measured.")
                 continue
             xs = [row.ours.case.depth if place == 0 else row.ours.case.batch for row in some]
             _lines(axes, xs, some, "positions in the cache" if place == 0 else "sequences at once")

@@ -4,13 +4,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from cavelight.bench.cases import Case, Measured, measure
+import torch
+
+from cavelight.bench.cases import Case, Measured, cache_bytes, measure
 from cavelight.bench.probes import Probes, probe
 from cavelight.model.transformer import Transformer
-from cavelight.spec.cost import stored_bytes_per_token
+from cavelight.spec.config import ModelConfig
 from cavelight.spec.events import Event, Phase
 
 VERIFIED = 5  # tokens of a verification that is compared with one
+MEMORY = 1 << 32  # bytes that the cache of a case may take
 
 
 class Peer(Protocol):
@@ -47,6 +50,7 @@ class Row:
         case = self.ours.case
         return {
             "name": case.name,
+            "kind": case.kind,
             "depth": case.depth,
             "tokens": case.tokens,
             "batch": case.batch,
@@ -62,26 +66,53 @@ class Row:
         }
 
 
-def cases(limit: int, prompts: Sequence[int], depths: Sequence[int], batches: Sequence[int]) -> list[Case]:
-    """Prompts, decoding at each depth, verifying at the deepest, batches at the shallowest; as far as they fit."""
-    wanted = [Case(0, tokens) for tokens in prompts]
-    wanted += [Case(depth) for depth in depths]
-    wanted += [Case(max(depths), VERIFIED)] if depths else []
-    wanted += [Case(min(depths), 1, batch) for batch in batches if batch > 1] if depths else []
-    return [case for case in wanted if case.depth + case.tokens <= limit]
+@dataclass(frozen=True)
+class LeftOut:
+    """A case that was asked for and cannot be measured."""
+
+    case: Case
+    why: str
+
+
+def cases(
+    config: ModelConfig,
+    dtype: torch.dtype,
+    prompts: Sequence[int],
+    depths: Sequence[int],
+    batches: Sequence[int],
+    memory: int = MEMORY,
+) -> tuple[list[Case], list[LeftOut]]:
+    """Prompts, decoding at each depth, verifying at the deepest that there is room for, batches at the shallowest.
+
+    memory: bytes that the cache of a case may take.
+    """
+    limit, found, left_out = config.max_position_embeddings, list[Case](), list[LeftOut]()
+    deepest = max((depth for depth in depths if depth + VERIFIED <= limit), default=None)
+    wanted = [Case("prompt", 0, tokens) for tokens in prompts]
+    wanted += [Case("decoding", depth) for depth in depths]
+    wanted += [Case("verifying", deepest, VERIFIED)] if deepest is not None else []
+    wanted += [Case("decoding", min(depths), 1, batch) for batch in batches if batch > 1] if depths else []
+    for case in dict.fromkeys(wanted):
+        needed = cache_bytes(config, case, dtype)
+        if case.depth + case.tokens > limit:
+            left_out.append(LeftOut(case, f"the model's context has {limit:,} tokens"))
+        elif needed > memory:
+            left_out.append(
+                LeftOut(case, f"the cache would take {needed / 1e9:,.1f} GB of at most {memory / 1e9:,.1f}")
+            )
+        else:
+            found.append(case)
+    return found, left_out
 
 
 def sweep(
     model: Transformer,
     wanted: Sequence[Case],
     peer: Peer | None = None,
-    memory: int = 1 << 32,
     on_event: Callable[[Event], None] = lambda event: None,
 ) -> list[Row]:
-    """Measure them; those whose caches take more than `memory` bytes are left out."""
+    """Measure them all."""
     probes, rows = probe(), []
-    each = stored_bytes_per_token(model.config, model.lm_head.weight.element_size(), mtp=True)
-    wanted = [case for case in wanted if case.batch * (case.depth + case.tokens) * each <= memory]
     for number, case in enumerate(wanted):
         on_event(Phase("measuring", number, len(wanted), "cases"))
         theirs = peer.measure(case) if peer and peer.takes(case) else None

@@ -8,14 +8,19 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from cavelight.cli.evaluation import beside, write_json
-from cavelight.cli.generation import load
+from cavelight.cli.generation import dtype_of
 from cavelight.cli.progress import screen
-from cavelight.cli.screen import OUT, say_json
+from cavelight.cli.screen import ERR, OUT, say_json
+from cavelight.disk import checkpoint_folder, clear_disk_errors
 from cavelight.errors import UserError
+from cavelight.spec.events import Note
 
 if TYPE_CHECKING:
-    from cavelight.bench.sweep import Peer, Row
+    import torch
+
+    from cavelight.bench.sweep import LeftOut, Peer, Row
     from cavelight.model.transformer import Transformer
+    from cavelight.spec.config import ModelConfig
 
 SEED = 0  # of the random weights of a preset
 STD = 0.02
@@ -29,38 +34,55 @@ def bench(
     against: str | None,
     out: Path | None,
     dtype: str,
+    without_mtp: bool,
     as_json: bool,
 ) -> None:
     """`source`: a run, a checkpoint, or the name of a preset, which is measured with random weights."""
-    from cavelight.bench.picture import draw_bench
     from cavelight.bench.sweep import cases, sweep
-    from cavelight.plan.table import tokens_of
-    from cavelight.train.provenance import machine
 
     if against not in (None, "transformers"):
         raise UserError("There is no such peer", got=str(against), do="write --against transformers")
-    model = opened(source, dtype)
-    numbers = [
-        [0 if part == "0" else tokens_of(part) for part in text.split(",") if part]
-        for text in (prompts, depths, batches)
-    ]
-    wanted = cases(model.config.max_position_embeddings, *numbers)
-    with TemporaryDirectory() as scratch, screen(f"Measuring {source}", as_json) as listen:
-        peer = peer_of(source, model, Path(scratch)) if against else None
-        rows = sweep(model, wanted, peer, on_event=listen)
-    if not rows:
-        raise UserError("Nothing was measured", why="no prompt and no depth fits the model's context")
+    wanted = numbers("--prompts", prompts), numbers("--depths", depths, least=0), numbers("--batches", batches)
+    model, checkpoint = opened(source, dtype, without_mtp)
+    chosen, left_out = cases(model.config, model.lm_head.weight.dtype, *wanted)
+    if not chosen:
+        why = "; ".join(f"{each.case.name}: {each.why}" for each in left_out) or "no prompt and no depth was given"
+        raise UserError("There is nothing to measure", why=why, do="choose other --prompts and --depths")
     folder = out or (beside(Path(source)) if Path(source).exists() else Path("."))
-    probes, weight = rows[0].probes, model.lm_head.weight
+    with TemporaryDirectory() as scratch, screen(f"Measuring {source}", as_json) as listen:
+        peer = peer_of(model, checkpoint, Path(scratch)) if against else None
+        with clear_disk_errors(folder):  # now, not after all that measuring
+            folder.mkdir(parents=True, exist_ok=True)
+        for each in left_out:
+            listen(Note(f"Left out: {each.case.name}, since {each.why}."))
+        rows = sweep(model, chosen, peer, listen)
+    report(source, model.lm_head.weight.dtype, rows, left_out, against, folder, as_json)
+
+
+def report(
+    source: str,
+    dtype: "torch.dtype",
+    rows: "Sequence[Row]",
+    left_out: "Sequence[LeftOut]",
+    against: str | None,
+    folder: Path,
+    as_json: bool,
+) -> None:
+    """bench.json and bench.png in `folder`, and a table on the screen."""
+    from cavelight.bench.picture import draw_bench
+    from cavelight.train.provenance import machine
+
+    probes = rows[0].probes
     found = {
         "model": source,
-        "machine": machine(weight.dtype),
+        "machine": machine(dtype),
         "probes": {"read": probes.read, "float32": probes.float32, "bfloat16": probes.bfloat16},
         "cases": [row.as_dict() for row in rows],
+        "left_out": [{"name": each.case.name, "why": each.why} for each in left_out],
     }
     write_json(folder / "bench.json", found)
-    facts = [machine(weight.dtype), f"reads {probes.read / 1e9:.1f} GB/s", f"peak {probes.peak / 1e12:.2f} Tflop/s"]
-    draw_bench(rows, folder / "bench.png", f"What a token of {Path(source).name} costs", facts)
+    facts = [machine(dtype), f"reads {probes.read / 1e9:.1f} GB/s", f"peak {probes.peak / 1e12:.2f} Tflop/s"]
+    draw_bench(rows, folder / "bench.png", f"What a token of {Path(source).resolve().name} costs", facts)
     if as_json:
         say_json({"kind": "result", **found, "figure": folder / "bench.png"})
         return
@@ -69,32 +91,61 @@ def bench(
     OUT.print(f"The figure: {folder / 'bench.png'}; the numbers: {folder / 'bench.json'}", soft_wrap=True)
 
 
-def opened(source: str, dtype: str) -> "Transformer":
+def numbers(option: str, text: str, least: int = 1) -> list[int]:
+    """What was written after an option, as in 512,4k."""
+    from cavelight.plan.table import tokens_of
+
+    found = []
+    for part in filter(None, map(str.strip, text.split(","))):
+        try:
+            found.append(0 if part == "0" and least == 0 else tokens_of(part))
+        except UserError:
+            why = f"it takes whole numbers from {least} on"
+            raise UserError(f"{option} cannot be used", got=text, why=why, do="write for example 512,4k") from None
+    return found
+
+
+def opened(source: str, dtype: str, without_mtp: bool) -> "tuple[Transformer, Path | None]":
+    """The model, and the folder that it was read from, whether or not there is a tokenizer in it; None of a preset."""
     import torch
 
-    from cavelight.model.transformer import Transformer
     from cavelight.spec.presets import preset, preset_names
+    from cavelight.weights.hub import local_folder
+    from cavelight.weights.snapshot import read_checkpoint
+
+    numbers_in = dtype_of(dtype)
+    if source in preset_names() and not Path(source).exists():
+        changes = {"num_nextn_predict_layers": 0} if without_mtp else {}
+        return random_model(preset(source).replace(**changes), numbers_in or torch.float32), None
+    with ERR.status(f"loading {source}"):
+        folder = checkpoint_folder(local_folder(source))
+        return read_checkpoint(folder, numbers_in, without_mtp=without_mtp), folder
+
+
+def random_model(config: "ModelConfig", dtype: "torch.dtype") -> "Transformer":
+    """Raises UserError where memory is too small for it."""
+    from cavelight.memory import check_memory
+    from cavelight.model.transformer import Transformer
+    from cavelight.spec.shapes import parameters
     from cavelight.train.optim import initialise
 
-    if Path(source).exists() or source not in preset_names():
-        return load(Path(source), dtype)[0]
-    model = Transformer(preset(source), torch.bfloat16 if dtype == "bfloat16" else torch.float32)
+    sizes = [parameter.size for parameter in parameters(config)]
+    drawn = 8 * max(sizes)  # in float32, and times the deviation
+    check_memory(sum(sizes) * dtype.itemsize + drawn, "this model", "choose a smaller preset, or --dtype bfloat16")
+    model = Transformer(config, dtype)
     initialise(model, STD, SEED)
     return model
 
 
-def peer_of(source: str, model: "Transformer", scratch: Path) -> "Peer":
+def peer_of(model: "Transformer", checkpoint: Path | None, scratch: Path) -> "Peer":
     """transformers on the same weights; those of a preset are written for it."""
     from cavelight.bench.peer import Transformers
-    from cavelight.disk import checkpoint_folder
     from cavelight.weights.snapshot import write_checkpoint
 
-    if Path(source).exists():
-        folder = checkpoint_folder(Path(source))
-    else:
-        folder = scratch / "model"
-        write_checkpoint(model, folder)
-    return Transformers(folder, model.config, model.lm_head.weight.dtype)
+    if checkpoint is None:
+        checkpoint = scratch / "model"
+        write_checkpoint(model, checkpoint)
+    return Transformers(checkpoint, model.config, model.lm_head.weight.dtype)
 
 
 def table(rows: "Sequence[Row]", against: str | None) -> Table:

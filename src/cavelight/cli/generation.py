@@ -13,6 +13,8 @@ from cavelight.cli.screen import ERR, OUT, say_json
 from cavelight.errors import UserError
 
 if TYPE_CHECKING:
+    import torch
+
     from cavelight.data.tokenizer import Tokenizer
     from cavelight.model.transformer import Transformer
     from cavelight.run.text import TextStream
@@ -52,15 +54,21 @@ def drafts_of(text: str) -> Drafts:
 
 def load(path: Path, dtype: str, without_mtp: bool = False) -> "tuple[Transformer, Tokenizer]":
     """Model and tokenizer; `dtype` as on the command line, `auto` for the checkpoint's own."""
-    import torch
-
     from cavelight.api import load as load_checkpoint
 
-    dtypes = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
-    if dtype not in dtypes:
-        raise UserError("There is no such type of number here", got=dtype, do=f"choose one of {', '.join(dtypes)}")
+    wanted = dtype_of(dtype)
     with ERR.status(f"loading {path}"):
-        return load_checkpoint(path, dtypes[dtype], without_mtp=without_mtp)
+        return load_checkpoint(path, wanted, without_mtp=without_mtp)
+
+
+def dtype_of(text: str) -> "torch.dtype | None":
+    """A type of number by its name on the command line, None for `auto`."""
+    import torch
+
+    dtypes = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
+    if text not in dtypes:
+        raise UserError("There is no such type of number here", got=text, do=f"choose one of {', '.join(dtypes)}")
+    return dtypes[text]
 
 
 def generate(path: Path, prompt: str | None, options: Options, dtype: str, without_mtp: bool, as_json: bool) -> None:

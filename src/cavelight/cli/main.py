@@ -269,12 +269,15 @@ def bench(
     ],
     prompts: Annotated[str, typer.Option(metavar="N,N", help="Lengths of prompts, as in 512,4k.")] = "512,4k",
     depths: Annotated[str, typer.Option(metavar="N,N", help="Positions in the cache before a token.")] = "128,4k,16k",
-    batches: Annotated[str, typer.Option(metavar="N,N", help="Sequences that decode at once.")] = "4,16",
+    batches: Annotated[
+        str, typer.Option(metavar="N,N", help="Sequences that decode at once, at the least depth.")
+    ] = "4,16",
     against: Annotated[str | None, typer.Option(metavar="PEER", help="transformers, on the same weights.")] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where figure and numbers go; beside the model unless told.")
     ] = None,
     dtype: Dtype = "auto",
+    without_mtp: WithoutMTP = False,
     as_json: Json = False,
 ) -> None:
     """How fast a model runs here, next to what memory and processor could do."""
@@ -282,7 +285,7 @@ def bench(
     from cavelight.cli.screen import telling
 
     with telling(as_json):
-        command.bench(source, prompts, depths, batches, against, out, dtype, as_json)
+        command.bench(source, prompts, depths, batches, against, out, dtype, without_mtp, as_json)
 
 
 @app.command()

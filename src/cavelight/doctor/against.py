@@ -8,7 +8,6 @@ YaRN never show at position 0.
 Letters: T tokens, D hidden size, R rotary width, E experts, V vocabulary.
 """
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -23,15 +22,15 @@ from cavelight.doctor.findings import Finding, failed, passed, warned
 from cavelight.doctor.record import PARTS, Record, TheirLayers, our_record
 from cavelight.doctor.suspects import Scene, Suspicion, alike, eps_of, in_our_order, suspect, suspect_angles
 from cavelight.doctor.witness import Witness, open_transformers, own_attention, quiet_transformers, version
-from cavelight.errors import UserError
+from cavelight.memory import check_memory
 from cavelight.model.block import Block
 from cavelight.model.moe import MoE
 from cavelight.model.mtp import MTPModule
 from cavelight.model.transformer import Transformer
 from cavelight.run.settle import SCORE_TIE, route_margin
 from cavelight.spec.config import ModelConfig
+from cavelight.spec.cost import total_parameters
 from cavelight.spec.events import Event, Phase
-from cavelight.spec.shapes import parameters
 from cavelight.weights.names import is_mtp
 from cavelight.weights.snapshot import read_checkpoint
 
@@ -68,7 +67,11 @@ def against_transformers(
     Raises UserError where transformers is missing, too old or refuses the checkpoint, where memory is too small, and
     where we cannot read the checkpoint.
     """
-    _check_memory(ModelConfig.read(folder))
+    check_memory(
+        8 * total_parameters(ModelConfig.read(folder), mtp=True),
+        "the model twice in float32",
+        "compare on a larger machine, or a smaller model of the same layout",
+    )
     with quiet_transformers():
         ours = read_checkpoint(folder, torch.float32, packed=False)
         on_event(Phase("opening in transformers", 0, 1, "models"))
@@ -290,17 +293,6 @@ def _keep(hooks: ExitStack, module: nn.Module, name: str, seen: Record) -> None:
         seen[f"{name} before"], seen[name] = inputs[0][0], out[0]
 
     hooks.callback(module.register_forward_hook(keep).remove)
-
-
-def _check_memory(config: ModelConfig) -> None:
-    needed = 8 * sum(parameter.size for parameter in parameters(config))
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if needed > memory:
-        raise UserError(
-            "Memory is too small to hold the model twice in float32",
-            got=f"{memory / 1e9:,.0f} GB for {needed / 1e9:,.0f} GB",
-            do="compare on a larger machine, or a smaller model of the same layout",
-        )
 
 
 def _loading(theirs: Witness, config: ModelConfig) -> Iterator[Finding]:

@@ -1,6 +1,5 @@
 """The last level: the model is loaded and runs on a text, as configured, in other readings, and beside others."""
 
-import os
 from collections.abc import Callable, Iterator
 
 from cavelight.data.corpus import stdlib_corpus
@@ -11,6 +10,7 @@ from cavelight.doctor.findings import Finding, failed, warned
 from cavelight.doctor.mtp import settle_mtp
 from cavelight.doctor.probes import probe
 from cavelight.errors import UserError
+from cavelight.memory import machine_memory
 from cavelight.spec.events import Event, Phase
 from cavelight.weights.snapshot import read_checkpoint
 from cavelight.weights.stored import FP8
@@ -26,7 +26,7 @@ def on_model(case: Case, text: str | None, on_event: Callable[[Event], None]) ->
         return
     entries = (case.entries or {}).values()
     size = sum(entry.nbytes * (2 if entry.dtype == FP8 else 1) for entry in entries)  # fp8 is unpacked to bfloat16
-    memory = _memory()
+    memory = machine_memory()
     if size > memory:
         yield warned(
             "model",
@@ -81,7 +81,3 @@ def tokens_of(case: Case, text: str | None) -> list[int]:
             do="use the tokenizer that the model was trained with",
         )
     return tokens_T
-
-
-def _memory() -> int:
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

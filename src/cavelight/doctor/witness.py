@@ -6,7 +6,7 @@ transformers is an extra that only this needs, so it is imported here alone, and
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -59,24 +59,30 @@ def version() -> str:
 
 
 def open_transformers(folder: Path, config: ModelConfig) -> Witness:
-    """transformers' own reading of a checkpoint folder, its config.json included, in float32.
+    """transformers' own reading of a checkpoint folder, its config.json included, in float32, MTP modules as well.
 
     Raises UserError where it refuses the checkpoint.
     """
+    trunk = open_trunk(folder, config, torch.float32)
+    predictors, why = _open_predictors(trunk.model, config)
+    return replace(trunk, predictors=predictors, without_mtp=why)
+
+
+def open_trunk(folder: Path, config: ModelConfig, dtype: torch.dtype) -> Witness:
+    """The same in any type of number, without the MTP modules."""
     name = "DeepseekV3ForCausalLM" if config.model_type == "deepseek_v3" else "DeepseekV2ForCausalLM"
     kind = getattr(import_module("transformers"), name)
     try:
-        model, info = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+        model, info = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     except REFUSALS as error:
         raise UserError(
             f"transformers cannot open {folder}",
             got=_in_short(error),
             do="if its weights are packed, convert them (`cavelight convert --to hf`) and compare the result",
         ) from error
-    predictors, why = _open_predictors(model.eval(), config)
     sizes = {name: tensor.numel() for name, tensor in model.state_dict().items()}
     missing = tuple(sorted(name for name in info["missing_keys"] if sizes.get(name, 1)))  # no shared experts: size 0
-    return Witness(model, predictors, why, missing, tuple(sorted(info["unexpected_keys"])))
+    return Witness(model.eval(), missing=missing, unread=tuple(sorted(info["unexpected_keys"])))
 
 
 def _open_predictors(model: Any, config: ModelConfig) -> tuple[Any, str]:

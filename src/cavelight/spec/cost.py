@@ -71,6 +71,7 @@ def flops_per_token(
     form: Form = "absorbed",
     training: bool = False,
     mtp: bool = False,
+    logits: float = 1.0,
 ) -> float:
     """Floating-point operations per token, when `queries` tokens go through together after `past` cached ones.
 
@@ -78,9 +79,10 @@ def flops_per_token(
     `expanded` brings every latent it sees to keys and values once per pass (V3 report, equations 1-11), `absorbed`
     takes the queries to the latents instead. Plain attention has one form, counted without the products by zeros and
     ones with which model.gqa picks its heads. `training` adds the backward pass, twice the forward one; nothing is
-    recomputed. With `mtp` the prediction modules run too, each with a use of the head.
+    recomputed. With `mtp` the prediction modules run too, each with a use of the head. `logits`: the share of tokens
+    for which the trunk uses its head; of a prompt that is the last one alone.
     """
-    uses_of_head = 1 + config.num_nextn_predict_layers if mtp else 1
+    uses_of_head = logits + (config.num_nextn_predict_layers if mtp else 0)
     products = _layers(config, mtp) * _attention_products(config, past, queries, form)
     for p in _table(config, mtp):
         if p.role in ("embedding", "norm", "routing_bias") or p.name.endswith((".k_up", ".v_up")):
