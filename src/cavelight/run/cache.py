@@ -68,11 +68,11 @@ class CachedAttend:
     start: int
     form: Form | None = None
 
-    def rows(self, layer: int, tokens: int) -> tuple[Tensor, Places]:
-        """For who writes and reads them without us: a layer's rows, and where in them the step's tokens have theirs."""
+    def rows(self, tokens: int) -> tuple[Tensor, Places]:
+        """For who writes and reads them without us: all rows, and where in them the step's tokens have theirs."""
         self.cache.reserve(self.start + tokens)
-        rows_SL = self.cache.rows_MSL[layer]
-        return rows_SL, Places([(0, tokens, self.start, 0)], [0], len(rows_SL))
+        rows_MSL = self.cache.rows_MSL
+        return rows_MSL, Places([(0, tokens, self.start, 0)], [0], rows_MSL.shape[1])
 
     def __call__(
         self,

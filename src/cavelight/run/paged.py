@@ -71,9 +71,8 @@ class PagedAttend:
     def __init__(self, cache: PagedCache, spans: Sequence[Span], alone: bool) -> None:
         self.cache, self.spans, self.alone = cache, spans, alone
         slots = [cache.slots(span) for span in spans]
-        tokens, pages = (
-            accumulate(sizes, initial=0) for sizes in ([s.count for s in spans], [len(s.pages) for s in spans])
-        )
+        tokens = accumulate((span.count for span in spans), initial=0)
+        pages = accumulate((len(span.pages) for span in spans), initial=0)
         self.places = Places(
             [(first, s.count, s.start, page) for s, first, page in zip(spans, tokens, pages, strict=False)],
             [page for s in spans for page in s.pages],
@@ -82,9 +81,9 @@ class PagedAttend:
         self.write_T = torch.cat([slots_S[span.start :] for slots_S, span in zip(slots, spans, strict=True)])
         self.read = [_whole(slots_S) for slots_S in slots]
 
-    def rows(self, layer: int, tokens: int) -> tuple[Tensor, Places]:
-        """For who writes and reads them without us: a layer's rows, and where in them the step's tokens have theirs."""
-        return self.cache.rows_MZL[layer], self.places
+    def rows(self, tokens: int) -> tuple[Tensor, Places]:
+        """For who writes and reads them without us: all rows, and where in them the step's tokens have theirs."""
+        return self.cache.rows_MZL, self.places
 
     def __call__(
         self,

@@ -8,6 +8,7 @@ without a compiler, go through the plain modules, for which a matrix is widened 
 """
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -24,7 +25,7 @@ from cavelight.model.mla import LATENT_NORM_EPS, MLA
 from cavelight.model.moe import Experts, MoE
 from cavelight.model.ports import Attend, Dispatch, GroupedDispatch
 from cavelight.model.router import Routing, is_group_limited
-from cavelight.model.transformer import Transformer
+from cavelight.model.transformer import Transformer, Trunk
 from cavelight.run.cache import CachedAttend
 from cavelight.run.invariant import DispatchAlone
 from cavelight.run.paged import PagedAttend
@@ -63,8 +64,8 @@ def _view(module: nn.Module) -> nn.Module:
         return QuickExperts(module)
     made = copy.copy(module)
     made._modules = {name: child and _view(child) for name, child in module._modules.items()}
-    if isinstance(made, Block):
-        made.__class__ = QuickBlock
+    if type(made) in QUICK:
+        made.__class__ = QUICK[type(made)]
     return made
 
 
@@ -121,36 +122,61 @@ class QuickExperts(nn.Module):
 
 
 class QuickBlock(Block):
-    """A layer that goes in one piece where it can: few tokens, rows in a cache of ours, all experts at home."""
-
-    described: native.Layer | None | bool = False  # False: not yet
+    """A layer that goes in one piece where it can."""
 
     def forward(
         self, x_TD: Tensor, cos_sin: tuple[Tensor, Tensor], attend: Attend, dispatch: Dispatch
     ) -> tuple[Tensor, Routing | None]:
-        T = x_TD.shape[0]
-        whole = isinstance(dispatch, GroupedDispatch | DispatchAlone) and _in_one_piece(attend, T)
-        library = BUILD.library() if whole and not x_TD.requires_grad else None
-        layer = self.layout() if library else None
-        if not library or not layer:
+        made = _in_one_piece([self], x_TD, cos_sin, attend, dispatch)
+        if made is None:
             return super().forward(x_TD, cos_sin, attend, dispatch)
-        assert isinstance(attend, CachedAttend | PagedAttend)
-        y_TD, routed = native.layer(library, layer, x_TD, cos_sin, *attend.rows(self.layer, T))
-        return y_TD, Routing(*routed) if isinstance(self.mlp, MoE) else None
-
-    def layout(self) -> native.Layer | None:
-        """Where everything lies; None if some of it is stored in a way that only the plain modules read."""
-        if self.described is False:
-            self.described = _layer(self)
-        assert not isinstance(self.described, bool)
-        return self.described
+        return made[0], made[1][0] if made[1] else None
 
 
-def _in_one_piece(attend: Attend, T: int) -> bool:
-    """Whether a step's attention may be computed over rows where they lie."""
+class QuickTrunk(Trunk):
+    """All layers in one piece where they can."""
+
+    def forward(
+        self, tokens_T: Tensor, cos_sin: tuple[Tensor, Tensor], attend: Attend, dispatch: Dispatch
+    ) -> tuple[Tensor, list[Routing]]:
+        made = None
+        if _may(attend, dispatch, len(tokens_T)):
+            made = _in_one_piece(self.layers, self.embed_tokens(tokens_T), cos_sin, attend, dispatch)
+        return super().forward(tokens_T, cos_sin, attend, dispatch) if made is None else made
+
+
+def _in_one_piece(
+    blocks: Sequence[QuickBlock], x_TD: Tensor, cos_sin: tuple[Tensor, Tensor], attend: Attend, dispatch: Dispatch
+) -> tuple[Tensor, list[Routing]] | None:
+    """What blocks that follow one another make of few tokens; None if only the plain modules can."""
+    library = BUILD.library() if _may(attend, dispatch, x_TD.shape[0]) and not x_TD.requires_grad else None
+    chain = _chain(blocks) if library else None
+    if not library or not chain:
+        return None
+    assert isinstance(attend, CachedAttend | PagedAttend)
+    rows_MZL, places = attend.rows(x_TD.shape[0])
+    first = blocks[0].layer
+    y_TD, routed = native.layers(library, chain, x_TD, cos_sin, rows_MZL[first : first + len(blocks)], places)
+    return y_TD, [Routing(*of_layer) for of_layer in routed]
+
+
+def _may(attend: Attend, dispatch: Dispatch, T: int) -> bool:
+    """Few tokens, rows in a cache of ours, all experts at home."""
+    if not isinstance(dispatch, GroupedDispatch | DispatchAlone):
+        return False
     if isinstance(attend, PagedAttend):
         return T <= FEW or attend.alone
     return isinstance(attend, CachedAttend) and attend.form is None and T <= FEW
+
+
+def _chain(blocks: Sequence[QuickBlock]) -> native.Chain | None:
+    """Where everything of these blocks lies; None if some is stored in a way that only the plain modules read."""
+    head = blocks[0]
+    if "chain" not in head.__dict__ or head.chain_length != len(blocks):
+        layers = [_layer(block) for block in blocks]
+        head.chain_length = len(blocks)
+        head.chain = None if None in layers else native.Chain(layers)
+    return head.chain
 
 
 def _layer(block: QuickBlock) -> native.Layer | None:
@@ -194,7 +220,7 @@ def _layer(block: QuickBlock) -> native.Layer | None:
         **{name: weight.data_ptr() for name, weight in floats.items()},
         **parts,
     )
-    layer.tensors = (floats, parts)
+    layer.tensors = (*floats.values(), *parts.values())
     return layer
 
 
@@ -240,3 +266,6 @@ def _stack(of: nn.Module, name: str) -> native.Matrix | None:
         return None
     parts = (getattr(of, f"{name}_weight_{part}") for part in ("packed", "scale"))
     return native.packed_matrix(*parts, of.format.bits, of.format.group, of.columns[name])
+
+
+QUICK: dict[type[nn.Module], type[nn.Module]] = {Block: QuickBlock, Trunk: QuickTrunk}

@@ -8,6 +8,7 @@ and runs wherever there is no compiler.
 """
 
 import ctypes
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1}
 INT8, INT4 = 8, 4
+MOST_GROUPS = 4096  # of a row
 FLOATS = ctypes.c_void_p
 
 
@@ -77,16 +79,16 @@ def matrix(weight: Tensor) -> Matrix | None:
     """Of a plain [O, I] or [S, O, I] in float32 or bfloat16; None for what `step.cpp` does not read."""
     if weight.dtype not in KINDS or not weight.is_contiguous() or weight.device.type != "cpu":
         return None
-    O, I = weight.shape[-2:]
+    outputs, inputs = weight.shape[-2:]
     size = weight.element_size()
     return _matrix(
         (weight.detach(),),
         kind=KINDS[weight.dtype],
-        rows=O,
-        columns=I,
+        rows=outputs,
+        columns=inputs,
         data=weight.data_ptr(),
-        row_bytes=I * size,
-        stack_bytes=O * I * size,
+        row_bytes=inputs * size,
+        stack_bytes=outputs * inputs * size,
     )
 
 
@@ -100,19 +102,19 @@ def packed_matrix(words: Tensor, scale: Tensor, bits: int, group: int | None, co
         return None
     words, scale = words.contiguous(), scale.contiguous()
     scale = scale if scale.dtype in KINDS else scale.float()
-    O, W = words.shape[-2:]
+    outputs, width = words.shape[-2:]
     return _matrix(
         (words, scale),
         kind=bits,
         scale_kind=KINDS[scale.dtype],
-        rows=O,
+        rows=outputs,
         columns=columns,
         data=words.data_ptr(),
         scale=scale.data_ptr(),
-        row_bytes=4 * W,
-        stack_bytes=4 * W * O,
+        row_bytes=4 * width,
+        stack_bytes=4 * width * outputs,
         scale_row=scale.shape[-1],
-        scale_stack=scale.shape[-1] * O,
+        scale_stack=scale.shape[-1] * outputs,
         group=group,
     )
 
@@ -133,37 +135,46 @@ def product(library: ctypes.CDLL, m: Matrix, x_TI: Tensor) -> Tensor:
     return y_TO
 
 
-def layer(
-    library: ctypes.CDLL, l: Layer, x_TD: Tensor, cos_sin: tuple[Tensor, Tensor], rows_ZL: Tensor, places: Places
-) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """A layer's output [T, D]; and of its router the ids [T, K], weights [T, K] and scores [T, E].
+def layers(
+    library: ctypes.CDLL,
+    chain: "Chain",
+    x_TD: Tensor,
+    cos_sin: tuple[Tensor, Tensor],
+    rows_MZL: Tensor,
+    places: Places,
+) -> tuple[Tensor, list[tuple[Tensor, Tensor, Tensor]]]:
+    """The output of layers in turn [T, D]; and of each router its ids [T, K], weights [T, K] and scores [T, E].
 
-    Puts the tokens' rows into `rows_ZL`, a layer's part of a cache, in float32 or bfloat16. All else is float32.
+    Puts the tokens' rows into `rows_MZL`, these layers' part of a cache, in float32 or bfloat16. All else is float32.
     """
-    T = x_TD.shape[0]
+    T, routers = x_TD.shape[0], chain.routers
     x_TD, cos, sin = (t.contiguous() for t in (x_TD, *cos_sin))
-    y_TD, scores_TE = torch.empty(T, l.D), torch.empty(T, l.E)
-    ids_TK, weights_TK = torch.empty(T, l.K, dtype=torch.int64), torch.empty(T, l.K)
+    y_TD, scores_OTE = torch.empty_like(x_TD), torch.empty(routers, T, chain.E)
+    ids_OTK, weights_OTK = torch.empty(routers, T, chain.K, dtype=torch.int64), torch.empty(routers, T, chain.K)
     step = _Step(
-        T=T,
-        spans_count=places.spans.shape[0],
-        threads=torch.get_num_threads(),
-        x=x_TD.data_ptr(),
-        cos=cos.data_ptr(),
-        sin=sin.data_ptr(),
-        spans=places.spans.data_ptr(),
-        rows=rows_ZL.data_ptr(),
-        pages=places.pages.data_ptr(),
-        page=places.page,
-        width=rows_ZL.shape[1],
-        half=rows_ZL.dtype == torch.bfloat16,
-        y=y_TD.data_ptr(),
-        ids=ids_TK.data_ptr(),
-        weights=weights_TK.data_ptr(),
-        scores=scores_TE.data_ptr(),
+        T,
+        len(places.spans),
+        torch.get_num_threads(),
+        *(t.data_ptr() for t in (x_TD, cos, sin, places.spans, rows_MZL, places.pages)),
+        places.page,
+        rows_MZL.shape[2],
+        rows_MZL.dtype == torch.bfloat16,
+        *(t.data_ptr() for t in (y_TD, ids_OTK, weights_OTK, scores_OTE)),
     )
-    library.cavelight_layer(ctypes.byref(l), ctypes.byref(step))
-    return y_TD, (ids_TK, weights_TK, scores_TE)
+    stride = rows_MZL.stride(0) * rows_MZL.element_size()
+    library.cavelight_layers(chain.pointers, ctypes.c_int64(chain.count), ctypes.byref(step), ctypes.c_int64(stride))
+    return y_TD, list(zip(ids_OTK, weights_OTK, scores_OTE, strict=True))
+
+
+class Chain:
+    """Layers to be computed one after the other."""
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        self.layers, self.count = layers, len(layers)
+        self.pointers = (ctypes.POINTER(Layer) * self.count)(*map(ctypes.pointer, layers))
+        routers = [layer for layer in layers if layer.E]
+        self.routers = len(routers)
+        self.E, self.K = (routers[0].E, routers[0].K) if routers else (0, 0)
 
 
 def _at(tensor: Tensor) -> ctypes.c_void_p:

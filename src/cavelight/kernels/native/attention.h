@@ -6,7 +6,7 @@
 // spread over the lanes and the product needs no sum across. The past is cut at fixed positions and each piece has
 // its own softmax; the pieces are put together in their order. So a token's bits depend on nothing but its past.
 #pragma once
-#include "lanes.h"
+#include "product.h"
 
 namespace cavelight {
 
@@ -29,95 +29,119 @@ struct Past {  // a layer's rows
         if (!half) std::memcpy(to, row, 4 * width);
         for (int64_t i = 0; half && i < width; i++) ((uint16_t *)to)[i] = narrow(row[i]);
     }
-    void get(const Span &span, int64_t position, float *row) const {
-        const uint8_t *from = at(span, position);
-        if (!half) std::memcpy(row, from, 4 * width);
-        int64_t i = 0;
-        for (; half && i + LANES <= width; i += LANES) store(row + i, widen(load<h16>(from + 2 * i)));
-        for (; half && i < width; i++) row[i] = widen(((const uint16_t *)from)[i]);
-    }
 };
 
 struct Piece {  // of one sequence's past, for all its queries
     int64_t span, first, last, out;  // positions; index of its first group's sums
 };
 
-constexpr int64_t BLOCK = 256;  // positions that are looked at together
-constexpr int ROWS = 8;         // of these at once
+constexpr int64_t BLOCK = 64;  // positions that are looked at together
+constexpr int ROWS = 16;       // of these at once,
+constexpr int COLUMNS = 96;    // and of each so many numbers, which a core's first cache holds
 
 inline int64_t groups_of(const Span &span, int64_t H) { return (span.count * H + LANES - 1) / LANES; }
 
 // Where the piece that begins at `position` ends.
 inline int64_t piece_end(int64_t position) { return position + (position < 512 ? 64 : position < 4096 ? 256 : 1024); }
 
-struct Sums {  // of one group over one piece: the largest score, the sum of weights, and [C][16] of weighted rows
+struct Sums {  // of one group over one piece: each query's largest score, sum of weights, and [16][C] of weighted rows
     std::vector<float> largest, total, mixed;
     void make_room(int64_t count, int64_t C) {
-        largest.resize(count * LANES), total.resize(count * LANES), mixed.resize(count * C * LANES);
+        largest.resize(count * LANES), total.resize(count * LANES), mixed.resize(count * LANES * C);
     }
 };
 
-// scores[row][lane] of `count` rows, a multiple of ROWS, for one group's queries [L][16].
-inline void score(const float *rows, int64_t count, int64_t L, const float *query, float *scores) {
-    for (int64_t s = 0; s < count; s += ROWS) {
-        v16 sums[ROWS] = {};
-        const float *some = rows + s * L;
-        for (int64_t i = 0; i < L; i++) {
-            v16 q = load<v16>(query + i * LANES);
-            for (int r = 0; r < ROWS; r++) sums[r] += q * some[r * L + i];
+template <bool half>
+inline v16 numbers(const uint8_t *row, int64_t i) {
+    if constexpr (half) return widen(load<h16>(row + 2 * i));
+    return load<v16>(row + 4 * i);
+}
+
+// scores[g][row][lane] of sixteen rows for all groups' queries [G][L][16]. next: rows that will be wanted later.
+template <bool half>
+inline void score(const uint8_t *const *rows, const uint8_t *next, int64_t L, int64_t G, const float *queries,
+                  float *scores, int64_t stride) {
+    float wide[ROWS][COLUMNS];
+    for (int64_t from = 0; from < L; from += COLUMNS) {
+        const int64_t count = std::min<int64_t>(COLUMNS, L - from);
+        int64_t whole = count / LANES * LANES;
+        for (int64_t i = 0; i < whole; i += LANES)
+            EACH for (int r = 0; r < ROWS; r++) store(&wide[r][i], numbers<half>(rows[r], from + i));
+        for (int64_t i = whole; i < count; i++)
+            for (int r = 0; r < ROWS; r++) {
+                if constexpr (half) wide[r][i] = widen(load<uint16_t>(rows[r] + 2 * (from + i)));
+                else wide[r][i] = load<float>(rows[r] + 4 * (from + i));
+            }
+        for (int64_t g = 0; g < G; g++) {
+            v16 sums[ROWS];
+            float *at = scores + g * stride;
+            EACH for (int r = 0; r < ROWS; r++) sums[r] = from ? load<v16>(at + r * LANES) : v16{};
+            const float *query = queries + (g * L + from) * LANES;
+            for (int64_t i = 0; i < count; i++) {
+                v16 q = load<v16>(query + i * LANES);
+                EACH for (int r = 0; r < ROWS; r++) sums[r] += q * wide[r][i];
+                if (!g) __builtin_prefetch(next + (from + i) * (ROWS * (half ? 2 : 4)), 0, 2);
+            }
+            EACH for (int r = 0; r < ROWS; r++) store(at + r * LANES, sums[r]);
         }
-        for (int r = 0; r < ROWS; r++) store(scores + (s + r) * LANES, sums[r]);
     }
 }
 
-// mixed[c][lane] = mixed * keep + sum of weights[row][lane] * rows[row][c].
-inline void mix(const float *rows, int64_t count, int64_t L, int64_t C, const float *weights, v16 keep, float *mixed) {
+// mixed[lane][c] = mixed * keep[lane] + sum of weights[row][lane] * rows[row][c].
+template <bool half>
+inline void mix(const uint8_t *const *rows, int64_t count, int64_t C, const float *weights, const float *keep,
+                float *mixed) {
     for (int64_t c = 0; c < C; c += LANES) {
         v16 sums[LANES];
-        for (int i = 0; i < LANES; i++) sums[i] = load<v16>(mixed + (c + i) * LANES) * keep;
+        EACH for (int i = 0; i < LANES; i++) sums[i] = load<v16>(mixed + i * C + c) * keep[i];
         for (int64_t s = 0; s < count; s++) {
-            v16 w = load<v16>(weights + s * LANES);
-            const float *row = rows + s * L + c;
-            for (int i = 0; i < LANES; i++) sums[i] += w * row[i];
+            v16 row = numbers<half>(rows[s], c);
+            EACH for (int i = 0; i < LANES; i++) sums[i] += row * weights[s * LANES + i];
         }
-        for (int i = 0; i < LANES; i++) store(mixed + (c + i) * LANES, sums[i]);
+        EACH for (int i = 0; i < LANES; i++) store(mixed + i * C + c, sums[i]);
     }
 }
 
-// All of a sequence's queries over one piece of its past. room: of the thread; last: of each lane, what it may see.
+// All of a sequence's queries over one piece of its past. last: of each lane, what it may see.
+template <bool half>
 inline void look(const Past &past, const Span &span, const Piece &piece, int64_t H, int64_t C, const float *queries,
                  const i16 *last, Sums &sums, std::vector<float> &room) {
-    const int64_t L = past.width, G = groups_of(span, H);
-    room.resize(BLOCK * L + BLOCK * LANES);
-    float *rows = room.data(), *weights = rows + BLOCK * L;
+    const int64_t L = past.width, G = groups_of(span, H), stride = BLOCK * LANES;
+    room.resize(G * stride);
+    float *weights = room.data();
     for (int64_t g = 0; g < G; g++) {
         int64_t out = piece.out + g;
         store(&sums.largest[out * LANES], all(-1e30f)), store(&sums.total[out * LANES], v16{});
         std::fill_n(&sums.mixed[out * C * LANES], C * LANES, 0.0f);
     }
     for (int64_t first = piece.first; first < piece.last; first += BLOCK) {
+        const uint8_t *rows[BLOCK];  // those past the last one are the last one again, and seen by nobody
         int64_t count = std::min(BLOCK, piece.last - first), padded = (count + ROWS - 1) / ROWS * ROWS;
-        for (int64_t s = 0; s < count; s++) past.get(span, first + s, rows + s * L);
-        std::fill_n(rows + count * L, (padded - count) * L, 0.0f);
+        for (int64_t s = 0; s < padded; s++) rows[s] = past.at(span, first + std::min(s, count - 1));
+        for (int64_t s = 0; s < padded; s += ROWS) {
+            int64_t ahead = std::min(first + s + BLOCK, piece.last - 1);
+            score<half>(rows + s, past.at(span, ahead), L, G, queries, weights + s * LANES, stride);
+        }
         for (int64_t g = 0; g < G; g++) {
+            float *mine = weights + g * stride, keep[LANES];
             int64_t out = piece.out + g;
-            score(rows, padded, L, queries + g * L * LANES, weights);
             v16 before = load<v16>(&sums.largest[out * LANES]), largest = before, total = {};
             for (int64_t s = 0; s < padded; s++) {
-                i16 seen = (i16{} + int32_t(first + s)) <= last[g];
-                v16 x = seen ? load<v16>(weights + s * LANES) : all(-INFINITY);
-                store(weights + s * LANES, x);
+                i16 position = i16{} + (s < count ? int32_t(first + s) : INT32_MAX);
+                v16 x = position <= last[g] ? load<v16>(mine + s * LANES) : all(-INFINITY);
+                store(mine + s * LANES, x);
                 largest = larger(largest, x);
             }
             for (int64_t s = 0; s < padded; s++) {
-                v16 w = exp(load<v16>(weights + s * LANES) - largest);
-                store(weights + s * LANES, w);
+                v16 w = exp(load<v16>(mine + s * LANES) - largest);
+                store(mine + s * LANES, w);
                 total += w;
             }
-            v16 keep = exp(before - largest);
-            store(&sums.total[out * LANES], load<v16>(&sums.total[out * LANES]) * keep + total);
+            v16 kept = exp(before - largest);
+            store(keep, kept);
+            store(&sums.total[out * LANES], load<v16>(&sums.total[out * LANES]) * kept + total);
             store(&sums.largest[out * LANES], largest);
-            mix(rows, padded, L, C, weights, keep, &sums.mixed[out * C * LANES]);
+            mix<half>(rows, padded, C, mine, keep, &sums.mixed[out * C * LANES]);
         }
     }
 }

@@ -5,6 +5,9 @@
 #include <cstdint>
 #include <cstring>
 #include <vector>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 
 namespace cavelight {
 
@@ -26,7 +29,13 @@ inline v16 all(float x) { return v16{} + x; }
 inline v16 as_float(i16 v) { return (v16)v; }
 
 // bfloat16 is the upper half of a float32.
+#ifdef __AVX512F__  // which some compilers fill in halves only
+inline v16 widen(h16 v) { return as_float((i16)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)v), 16)); }
+inline v16 widen(b16 v) { return (v16)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32((__m128i)v)); }
+#else
 inline v16 widen(h16 v) { return as_float(__builtin_convertvector(v, i16) << 16); }
+inline v16 widen(b16 v) { return __builtin_convertvector(__builtin_convertvector(v, i16), v16); }
+#endif
 inline float widen(uint16_t x) {
     uint32_t bits = uint32_t(x) << 16;
     float y;
@@ -40,13 +49,11 @@ inline uint16_t narrow(float x) {  // to the nearest, ties to even; NaN stays Na
     return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-inline float sum(v16 v) {  // always in the same order
-    float parts[LANES], total = 0;
-    store(parts, v);
-    for (int width = LANES / 2; width; width /= 2)
-        for (int i = 0; i < width; i++) parts[i] += parts[i + width];
-    total = parts[0];
-    return total;
+inline float sum(v16 v) {  // halves on halves
+    v += __builtin_shuffle(v, i16{8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7});
+    v += __builtin_shuffle(v, i16{4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3});
+    v += __builtin_shuffle(v, i16{2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1});
+    return v[0] + v[1];
 }
 
 inline v16 larger(v16 a, v16 b) { return a > b ? a : b; }

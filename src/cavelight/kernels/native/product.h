@@ -20,6 +20,11 @@ struct Matrix {  // [O, I], or a stack of them
     int64_t scale_row, scale_stack, group;  // the same for scales, in elements; columns that share a scale
 };
 
+constexpr int64_t AHEAD = 8192;        // bytes that are asked for before they are needed
+constexpr int64_t MOST_GROUPS = 4096;  // of a row
+
+#define EACH _Pragma("GCC unroll 16")
+
 // Columns that one turn of the inner loop takes, and where in it x has to lie.
 template <int kind>
 constexpr int STEP = kind == INT4 ? 128 : kind == BFLOAT16 ? 32 : LANES;
@@ -45,93 +50,115 @@ inline float scale_at(const Matrix &m, int64_t index) {
 }
 
 template <int kind>
-inline float value(const Matrix &m, const uint8_t *row, int64_t scales, int64_t i) {
+inline float value(const uint8_t *row, int64_t i) {
     if (kind == FLOAT32) return load<float>(row + 4 * i);
     if (kind == BFLOAT16) return widen(load<uint16_t>(row + 2 * i));
-    float integer = kind == INT8 ? float(int(row[i]) - 128) : float(((row[i / 2] >> (4 * (i % 2))) & 15) - 8);
-    return integer * scale_at(m, scales + i / m.group);
+    return kind == INT8 ? float(int(row[i]) - 128) : float(((row[i / 2] >> (4 * (i % 2))) & 15) - 8);
 }
 
-// The scales of 128 columns, each in the lanes of its columns: a lane holds eight that follow one another.
-inline v16 scales_of_turn(const Matrix &m, int64_t scales, int64_t i) {
-    if (m.group >= STEP<INT4>) return all(scale_at(m, scales + i / m.group));
-    float lanes[LANES];
-    int64_t each = m.group / 8, first = scales + i / m.group;
-    for (int lane = 0; lane < LANES; lane++) lanes[lane] = scale_at(m, first + lane / each);
-    return load<v16>(lanes);
+inline void read_scales(const Matrix &m, int64_t first, int64_t count, float *scale) {
+    int64_t g = 0;
+    for (; m.scale_kind == BFLOAT16 && g + LANES <= count; g += LANES)
+        store(scale + g, widen(load<h16>(m.scale + 2 * (first + g))));
+    for (; g < count; g++) scale[g] = scale_at(m, first + g);
 }
 
-// R rows of W with T rows of x: sums[R][T].
+// R rows of W with T rows of x. ahead: bytes to where memory will be read from soon, 0 to leave that to others.
 template <int kind, int R, int T>
 inline void tile(const Matrix &m, const uint8_t *row, int64_t scales, const float *x, int64_t ahead, float (&out)[R][T]) {
     const int64_t I = m.columns, step = STEP<kind>, whole = I / step * step;
+    const int64_t group = std::min(m.group, I), groups = kind >= INT4 ? (I + group - 1) / group : 0;
     v16 sums[R][T] = {};
-    if constexpr (kind == FLOAT32) {
-        for (int64_t i = 0; i < whole; i += step)
-            for (int r = 0; r < R; r++) {
-                const uint8_t *p = row + r * m.row_bytes + 4 * i;
-                __builtin_prefetch(p + ahead);
-                v16 w = load<v16>(p);
-                for (int t = 0; t < T; t++) sums[r][t] += w * load<v16>(x + t * I + i);
-            }
-    } else if constexpr (kind == BFLOAT16) {
-        for (int64_t i = 0; i < whole; i += step)
-            for (int r = 0; r < R; r++) {
-                const uint8_t *p = row + r * m.row_bytes + 2 * i;
-                __builtin_prefetch(p + ahead);
-                i16 pairs = load<i16>(p);
-                v16 even = as_float(pairs << 16), odd = as_float(pairs & int(0xffff0000));
-                for (int t = 0; t < T; t++) {
-                    sums[r][t] += even * load<v16>(x + t * I + i);
-                    sums[r][t] += odd * load<v16>(x + t * I + i + LANES);
+    float scale[R][kind >= INT4 ? MOST_GROUPS + LANES : 1];
+    for (int r = 0; r < R && groups; r++) read_scales(m, scales + r * m.scale_row, groups, scale[r]);
+    if constexpr (kind == FLOAT32 || kind == BFLOAT16) {
+        for (int64_t i = 0; i < whole; i += step) {
+            EACH for (int r = 0; r < R; r++) {
+                const uint8_t *p = row + r * m.row_bytes + (kind == FLOAT32 ? 4 : 2) * i;
+                if (ahead) __builtin_prefetch(p + ahead);
+                if constexpr (kind == FLOAT32) {
+                    v16 w = load<v16>(p);
+                    EACH for (int t = 0; t < T; t++) sums[r][t] += w * load<v16>(x + t * I + i);
+                } else {
+                    i16 pairs = load<i16>(p);
+                    v16 even = as_float(pairs << 16), odd = as_float(pairs & int(0xffff0000));
+                    EACH for (int t = 0; t < T; t++) sums[r][t] += even * load<v16>(x + t * I + i);
+                    EACH for (int t = 0; t < T; t++) sums[r][t] += odd * load<v16>(x + t * I + i + LANES);
                 }
             }
+        }
     } else if constexpr (kind == INT8) {
-        const int64_t group = std::min(m.group, I);
         for (int64_t first = 0, g = 0; first < whole; first += group, g++) {
             v16 part[R][T] = {};
-            for (int64_t i = first; i < std::min(first + group, whole); i += step)
-                for (int r = 0; r < R; r++) {
+            for (int64_t i = first; i < std::min(first + group, whole); i += step) {
+                EACH for (int r = 0; r < R; r++) {
                     const uint8_t *p = row + r * m.row_bytes + i;
-                    __builtin_prefetch(p + ahead);
-                    v16 w = __builtin_convertvector(__builtin_convertvector(load<b16>(p) ^ int8_t(-128), i16), v16);
-                    for (int t = 0; t < T; t++) part[r][t] += w * load<v16>(x + t * I + i);
+                    if (ahead) __builtin_prefetch(p + ahead);
+                    v16 w = widen(load<b16>(p) ^ int8_t(-128));
+                    EACH for (int t = 0; t < T; t++) part[r][t] += w * load<v16>(x + t * I + i);
                 }
-            for (int r = 0; r < R; r++)
-                for (int t = 0; t < T; t++) sums[r][t] += part[r][t] * scale_at(m, scales + r * m.scale_row + g);
+            }
+            EACH for (int r = 0; r < R; r++)
+                EACH for (int t = 0; t < T; t++) sums[r][t] += part[r][t] * scale[r][g];
         }
     } else {
         const v16 values = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
-        for (int64_t i = 0; i < whole; i += step)
-            for (int r = 0; r < R; r++) {
+        i16 group_of_lane;  // a lane holds eight columns that follow one another
+        for (int lane = 0; lane < LANES; lane++) group_of_lane[lane] = 8 * lane / group;
+        for (int64_t i = 0; i < whole; i += step) {
+            v16 part[R][T] = {};
+            i16 words[R];
+            EACH for (int r = 0; r < R; r++) {
                 const uint8_t *p = row + r * m.row_bytes + i / 2;
-                __builtin_prefetch(p + ahead);
-                i16 words = load<i16>(p);
-                v16 part[T] = {};
-                for (int place = 0; place < 8; place++) {
-                    v16 w = __builtin_shuffle(values, (words >> (4 * place)) & 15);
-                    for (int t = 0; t < T; t++) part[t] += w * load<v16>(x + t * I + i + place * LANES);
-                }
-                v16 scale = scales_of_turn(m, scales + r * m.scale_row, i);
-                for (int t = 0; t < T; t++) sums[r][t] += part[t] * scale;
+                if (ahead) __builtin_prefetch(p + ahead);
+                words[r] = load<i16>(p);
             }
+            EACH for (int place = 0; place < 8; place++) {
+                EACH for (int r = 0; r < R; r++) {
+                    v16 w = __builtin_shuffle(values, words[r] >> (4 * place));
+                    EACH for (int t = 0; t < T; t++) part[r][t] += w * load<v16>(x + t * I + i + place * LANES);
+                }
+            }
+            EACH for (int r = 0; r < R; r++) {
+                v16 lanes = __builtin_shuffle(load<v16>(&scale[r][i / group]), group_of_lane);
+                EACH for (int t = 0; t < T; t++) sums[r][t] += part[r][t] * lanes;
+            }
+        }
     }
     for (int r = 0; r < R; r++)
         for (int t = 0; t < T; t++) {
             float rest = 0;
             for (int64_t i = whole; i < I; i++)
-                rest += value<kind>(m, row + r * m.row_bytes, scales + r * m.scale_row, i) * x[t * I + i];
+                rest += value<kind>(row + r * m.row_bytes, i) * (groups ? scale[r][i / group] : 1.0f) * x[t * I + i];
             out[r][t] = sum(sums[r][t]) + rest;
         }
 }
 
 template <int kind, int R, int T>
-inline void rows_and_tokens(const Matrix &m, int64_t e, int64_t o, const float *x, float *y, int64_t width) {
+inline void rows_and_tokens(const Matrix &m, int64_t e, int64_t o, const float *x, int64_t ahead, float *y,
+                            int64_t width) {
     float out[R][T];
     const uint8_t *row = m.data + e * m.stack_bytes + o * m.row_bytes;
-    tile<kind, R, T>(m, row, e * m.scale_stack + o * m.scale_row, x, R * m.row_bytes, out);
+    tile<kind, R, T>(m, row, e * m.scale_stack + o * m.scale_row, x, ahead, out);
     for (int r = 0; r < R; r++)
         for (int t = 0; t < T; t++) y[t * width + o + r] = out[r][t];
+}
+
+// y[t][o] for o in [first, last), `width` apart from row to row; x as `arranged` gives it; e: which matrix of a stack.
+template <int kind, int R>
+void rows_at(const Matrix &m, int64_t e, int64_t o, const float *x, int64_t T, int64_t ahead, float *y, int64_t width) {
+    for (int64_t t = 0; t < T; ahead = 0) {
+        const float *some = x + t * m.columns;
+        float *to = y + t * width;
+        int64_t left = T - t;
+        if (left >= 4) {
+            rows_and_tokens<kind, R, 4>(m, e, o, some, ahead, to, width), t += 4;
+        } else if (left >= 2) {
+            rows_and_tokens<kind, R, 2>(m, e, o, some, ahead, to, width), t += 2;
+        } else {
+            rows_and_tokens<kind, R, 1>(m, e, o, some, ahead, to, width), t += 1;
+        }
+    }
 }
 
 // y[t][o] for o in [first, last), `width` apart from row to row; x as `arranged` gives it; e: which matrix of a stack.
@@ -139,28 +166,10 @@ template <int kind>
 void rows_of_kind(const Matrix &m, int64_t e, int64_t first, int64_t last, const float *x, int64_t T, float *y,
                   int64_t width) {
     constexpr int R = 4;
-    for (int64_t o = first; o < last;) {
-        bool many = o + R <= last;
-        for (int64_t t = 0; t < T;) {
-            const float *some = x + t * m.columns;
-            float *to = y + t * width;
-            int64_t left = T - t;
-            if (left >= 4) {
-                many ? rows_and_tokens<kind, R, 4>(m, e, o, some, to, width)
-                     : rows_and_tokens<kind, 1, 4>(m, e, o, some, to, width);
-                t += 4;
-            } else if (left >= 2) {
-                many ? rows_and_tokens<kind, R, 2>(m, e, o, some, to, width)
-                     : rows_and_tokens<kind, 1, 2>(m, e, o, some, to, width);
-                t += 2;
-            } else {
-                many ? rows_and_tokens<kind, R, 1>(m, e, o, some, to, width)
-                     : rows_and_tokens<kind, 1, 1>(m, e, o, some, to, width);
-                t += 1;
-            }
-        }
-        o += many ? R : 1;
-    }
+    const int64_t tile_bytes = R * m.row_bytes, ahead = (AHEAD + tile_bytes - 1) / tile_bytes * tile_bytes;
+    int64_t o = first;
+    for (; o + R <= last; o += R) rows_at<kind, R>(m, e, o, x, T, ahead, y, width);
+    for (; o < last; o++) rows_at<kind, 1>(m, e, o, x, T, ahead, y, width);
 }
 
 inline void rows(const Matrix &m, int64_t e, int64_t first, int64_t last, const float *x, int64_t T, float *y,

@@ -13,8 +13,9 @@ using namespace cavelight;
 
 namespace {
 
-constexpr int64_t CHUNK = 64;  // outputs of a matrix that a thread takes at a time
-constexpr int PHASES = 12;
+constexpr int64_t CHUNK = 32;  // outputs of a matrix that a thread takes at a time
+constexpr int PHASES = 14;
+constexpr int NEAR = 8;  // rows that are added up together
 
 // Threads take numbered pieces of work as they get free, phase after phase.
 struct Team {
@@ -84,10 +85,10 @@ namespace {
 
 // What a step needs to remember between its phases. One for each thread that asks for steps.
 struct Room {
-    std::vector<float> low, latent, query, lanes, mixed, values, x, routed, shared, hidden, shared_hidden, normed;
+    std::vector<float> low, latent, query, absorbed, lanes, mixed, values, x, routed, shared, hidden, shared_hidden, normed;
     std::vector<i16> last;
     std::vector<Piece> pieces;
-    std::vector<int64_t> group_of_span, met, first_pair, pair;
+    std::vector<int64_t> group_of_span, met, first_pair, pair, place;
     Sums sums;
 };
 
@@ -133,43 +134,58 @@ void choose(const Layer &l, const float *logits, float *scores, int64_t *ids, fl
 void sort_pairs(const Layer &l, const Step &s, Room &room) {
     std::vector<int64_t> count(l.E);
     for (int64_t p = 0; p < s.T * l.K; p++) count[s.ids[p]]++;
+    room.place.resize(s.T * l.K);
     room.met.clear(), room.first_pair.assign(1, 0), room.pair.clear();
     for (int64_t e = 0; e < l.E; e++) {
         if (!count[e]) continue;
         room.met.push_back(e);
         room.first_pair.push_back(room.first_pair.back() + count[e]);
         for (int64_t p = 0; p < s.T * l.K; p++)
-            if (s.ids[p] == e) room.pair.push_back(p);
+            if (s.ids[p] == e) room.place[p] = room.pair.size(), room.pair.push_back(p);
     }
 }
 
-// The queries of one head, taken down into the latent space and scaled, into their lanes.
-void absorb(const Layer &l, const Step &s, int64_t h, Room &room) {
+// The queries of one head, taken down into the latent space and scaled: low[t][h][L].
+void absorb(const Layer &l, const Step &s, int64_t h, const float *queries, float *low) {
     const int64_t L = l.C + l.R, width = l.N + l.R;
-    std::vector<float> row(L);
-    for (int64_t n = 0; n < s.spans_count; n++) {
-        const Span &span = s.spans[n];
-        for (int64_t j = 0; j < span.count; j++) {
-            int64_t t = span.first + j;
-            const float *q = &room.query[(t * l.H + h) * width];
-            const uint8_t *up = l.key_up.data + h * l.key_up.stack_bytes;
-            for (int64_t c = 0; c < l.C; c += 4 * LANES) {
-                v16 sums[4] = {};
-                int parts = std::min<int64_t>(4, (l.C - c) / LANES);
-                for (int64_t i = 0; i < l.N; i++)
-                    for (int part = 0; part < parts; part++) {
-                        int64_t at = c + part * LANES;
-                        const uint8_t *p = up + i * l.key_up.row_bytes;
-                        sums[part] += q[i] * (l.key_up.kind == BFLOAT16 ? widen(load<h16>(p + 2 * at)) : load<v16>(p + 4 * at));
-                    }
-                for (int part = 0; part < parts; part++) store(&row[c + part * LANES], sums[part]);
+    const uint8_t *up = l.key_up.data + h * l.key_up.stack_bytes;
+    const bool half = l.key_up.kind == BFLOAT16;
+    auto query = [&](int64_t t) { return queries + (t * l.H + h) * width; };
+    auto row = [&](int64_t t) { return low + (t * l.H + h) * L; };
+    for (int64_t t = 0; t < s.T; t++) std::fill_n(row(t), l.C, 0.0f);
+    for (int64_t n = 0; n < l.N; n += NEAR) {
+        const uint8_t *from = up + n * l.key_up.row_bytes;
+        const bool whole = n + NEAR <= l.N;
+        for (int64_t c = 0; c < l.C; c += LANES) {
+            v16 w[NEAR] = {};
+            EACH for (int64_t i = 0; i < NEAR; i++) {
+                if (!whole && n + i >= l.N) continue;
+                __builtin_prefetch(from + (NEAR + i) * l.key_up.row_bytes + (half ? 2 : 4) * c);
+                w[i] = half ? numbers<true>(from + i * l.key_up.row_bytes, c) : numbers<false>(from + i * l.key_up.row_bytes, c);
             }
-            rotate(q + l.N, s.cos + t * l.R / 2, s.sin + t * l.R / 2, l.R, &row[l.C]);
-            int64_t lane = j * l.H + h;
-            float *to = &room.lanes[(room.group_of_span[n] + lane / LANES) * L * LANES + lane % LANES];
-            for (int64_t i = 0; i < L; i++) to[i * LANES] = row[i] * l.softmax_scale;
+            for (int64_t t = 0; t < s.T; t++) {
+                const float *q = query(t) + n;
+                v16 sums = load<v16>(row(t) + c);
+                if (whole) {
+                    EACH for (int64_t i = 0; i < NEAR; i++) sums += w[i] * q[i];
+                } else {
+                    for (int64_t i = 0; n + i < l.N; i++) sums += w[i] * q[i];
+                }
+                store(row(t) + c, sums);
+            }
         }
     }
+    for (int64_t t = 0; t < s.T; t++) {
+        rotate(query(t) + l.N, s.cos + t * l.R / 2, s.sin + t * l.R / 2, l.R, row(t) + l.C);
+        for (int64_t i = 0; i < L; i++) row(t)[i] *= l.softmax_scale;
+    }
+}
+
+// Sixteen queries side by side, from low[query][L]; those past the last are zero.
+void side_by_side(const float *low, int64_t queries, int64_t L, float *lanes) {
+    int64_t count = std::min<int64_t>(queries, LANES);
+    for (int64_t i = 0; i < L; i++)
+        for (int64_t lane = 0; lane < LANES; lane++) lanes[i * LANES + lane] = lane < count ? low[lane * L + i] : 0.0f;
 }
 
 // Cut every sequence's past into pieces, and say what each lane may see.
@@ -188,29 +204,42 @@ void cut(const Layer &l, const Step &s, Room &room) {
             room.pieces.push_back({n, first, std::min(end, piece_end(first)), out});
         groups += G;
     }
-    room.lanes.assign(groups * (l.C + l.R) * LANES, 0.0f);
+    room.lanes.resize(groups * (l.C + l.R) * LANES);
     room.sums.make_room(out, l.C);
 }
 
-// Put the pieces of one span's past together for sixteen of the latent's columns: mixed[h][t][c].
-void gather(const Layer &l, const Step &s, int64_t n, int64_t c, Room &room) {
+// Put the pieces of one span's past together for one query: mixed[h][t][c].
+void gather(const Layer &l, const Step &s, int64_t n, int64_t query, Room &room) {
     const Span &span = s.spans[n];
     auto first = std::find_if(room.pieces.begin(), room.pieces.end(), [n](const Piece &p) { return p.span == n; });
     auto last = std::find_if(first, room.pieces.end(), [n](const Piece &p) { return p.span != n; });
-    for (int64_t g = 0; g < groups_of(span, l.H); g++) {
-        v16 largest = all(-1e30f), total = {}, mixed[LANES] = {};
-        for (auto p = first; p != last; p++) largest = larger(largest, load<v16>(&room.sums.largest[(p->out + g) * LANES]));
-        for (auto p = first; p != last; p++) {
-            int64_t at = p->out + g;
-            v16 weight = exp(load<v16>(&room.sums.largest[at * LANES]) - largest);
-            total += weight * load<v16>(&room.sums.total[at * LANES]);
-            for (int i = 0; i < LANES; i++) mixed[i] += weight * load<v16>(&room.sums.mixed[(at * l.C + c + i) * LANES]);
+    auto at = [query](const Piece &p) { return p.out * LANES + query; };
+    float largest = -1e30f, total = 0;
+    for (auto p = first; p != last; p++) largest = std::max(largest, room.sums.largest[at(*p)]);
+    int64_t t = span.first + query / l.H, h = query % l.H;
+    float *mixed = &room.mixed[(h * s.T + t) * l.C];
+    std::fill_n(mixed, l.C, 0.0f);
+    for (auto p = first; p != last; p++) {
+        float weight = std::exp(room.sums.largest[at(*p)] - largest);
+        total += weight * room.sums.total[at(*p)];
+        const float *from = &room.sums.mixed[at(*p) * l.C];
+        for (int64_t c = 0; c < l.C; c++) mixed[c] += weight * from[c];
+    }
+    for (int64_t c = 0; c < l.C; c++) mixed[c] /= total;
+}
+
+// y = x + shared experts + routed ones, in the order of each token's choices, for some of the columns.
+void add_up(const Layer &l, const Step &s, int64_t first, int64_t last, const Room &room) {
+    for (int64_t t = 0; t < s.T; t++) {
+        float *y = s.y + t * l.D;
+        for (int64_t d = first; d < last; d++) y[d] = 0;
+        for (int64_t k = 0; k < l.K; k++) {
+            const float weight = s.weights[t * l.K + k], *from = &room.routed[room.place[t * l.K + k] * l.D];
+            for (int64_t d = first; d < last; d++) y[d] += weight * from[d];
         }
-        for (int lane = 0; lane < LANES && g * LANES + lane < span.count * l.H; lane++) {
-            int64_t query = g * LANES + lane, t = span.first + query / l.H, h = query % l.H;
-            float *to = &room.mixed[(h * s.T + t) * l.C + c];
-            for (int i = 0; i < LANES; i++) to[i] = mixed[i][lane] / total[lane];
-        }
+        if (l.shared)
+            for (int64_t d = first; d < last; d++) y[d] += room.shared[t * l.D + d];
+        for (int64_t d = first; d < last; d++) y[d] += room.x[t * l.D + d];
     }
 }
 
@@ -227,20 +256,20 @@ void cavelight_product(const Matrix *m, const float *x, int64_t T, float *y, int
     Team team;
 #pragma omp parallel num_threads(threads)
     {
-        std::vector<float> room;
+        static thread_local std::vector<float> room;
         const float *mine = arranged(m->kind, x, T, m->columns, room);
         team.share(0, chunks(*m), [&](int64_t i) { chunk_of(*m, 0, i, mine, T, y, m->rows); });
     }
 }
 
-void cavelight_layer(const Layer *layer, const Step *step) {
-    static thread_local Room asked;
-    const Layer &l = *layer;
-    const Step &s = *step;
-    Room &room = asked;
+}
+
+namespace {
+
+void compute(const Layer &l, const Step &s, Room &room) {
     Team team;
     const int64_t T = s.T, D = l.D, L = l.C + l.R, Q = l.query_down.rows, heads = l.H * (l.N + l.R);
-    room.low.resize(T * Q), room.latent.resize(T * L), room.query.resize(T * heads);
+    room.low.resize(T * Q), room.latent.resize(T * L), room.query.resize(T * heads), room.absorbed.resize(T * l.H * L);
     room.mixed.resize(l.H * T * l.C), room.values.resize(T * l.H * l.U), room.x.resize(T * D);
     const int64_t F = l.gate.rows, S = l.shared_gate.rows;
     room.hidden.resize(2 * T * l.K * F), room.routed.resize(T * l.K * D);
@@ -251,7 +280,7 @@ void cavelight_layer(const Layer *layer, const Step *step) {
 
 #pragma omp parallel num_threads(s.threads)
     {
-        std::vector<float> normed, order, inner, look_room;
+        static thread_local std::vector<float> normed, order, inner, look_room;
 
         // Down into the latents of queries and of keys and values.
         norms(s.x, D, l.attention_norm, l.eps, T, D, normed);
@@ -282,17 +311,28 @@ void cavelight_layer(const Layer *layer, const Step *step) {
             }
         });
 #pragma omp barrier
-        team.share(3, l.H, [&](int64_t h) { absorb(l, s, h, room); });
+        team.share(3, l.H, [&](int64_t h) { absorb(l, s, h, room.query.data(), room.absorbed.data()); });
+#pragma omp barrier
+        team.share(12, room.last.size(), [&](int64_t g) {
+            int64_t n = std::upper_bound(room.group_of_span.begin(), room.group_of_span.end(), g) - room.group_of_span.begin() - 1;
+            int64_t first = s.spans[n].first * l.H + (g - room.group_of_span[n]) * LANES;
+            int64_t left = (s.spans[n].first + s.spans[n].count) * l.H - first;
+            side_by_side(&room.absorbed[first * L], left, L, &room.lanes[g * L * LANES]);
+        });
 #pragma omp barrier
         team.share(4, room.pieces.size(), [&](int64_t i) {
             const Piece &piece = room.pieces[i];
             int64_t group = room.group_of_span[piece.span];
-            look(s.past, s.spans[piece.span], piece, l.H, l.C, &room.lanes[group * L * LANES], &room.last[group],
+            auto act = s.past.half ? look<true> : look<false>;
+            act(s.past, s.spans[piece.span], piece, l.H, l.C, &room.lanes[group * L * LANES], &room.last[group],
                  room.sums, look_room);
         });
 #pragma omp barrier
-        int64_t columns = l.C / LANES;
-        team.share(5, s.spans_count * columns, [&](int64_t i) { gather(l, s, i / columns, i % columns * LANES, room); });
+        team.share(5, T * l.H, [&](int64_t i) {
+            int64_t t = i / l.H, n = 0;
+            while (t >= s.spans[n].first + s.spans[n].count) n++;
+            gather(l, s, n, i - s.spans[n].first * l.H, room);
+        });
 #pragma omp barrier
         team.share(6, l.H, [&](int64_t h) {
             const float *x = arranged(l.value_up.kind, &room.mixed[h * T * l.C], T, l.C, inner);
@@ -345,23 +385,35 @@ void cavelight_layer(const Layer *layer, const Step *step) {
 #pragma omp barrier
         }
         const int64_t down_parts = chunks(l.shared ? l.shared_down : l.down), routed = met * down_parts;
+        const float *hidden = nullptr;
+        int64_t arranged_at = -1;
         if (l.shared) x = arranged(l.shared_down.kind, room.shared_hidden.data(), T, S, order);
         team.share(11, routed + (l.shared ? down_parts : 0), [&](int64_t i) {
             if (i >= routed) return chunk_of(l.shared_down, 0, i - routed, x, T, room.shared.data(), D);
             int64_t at = i / down_parts, first = room.first_pair[at], n = room.first_pair[at + 1] - first;
-            const float *mine = arranged(l.down.kind, &room.hidden[first * F], n, F, inner);
-            chunk_of(l.down, room.met[at], i % down_parts, mine, n, &room.routed[first * D], D);
+            if (at != arranged_at) hidden = arranged(l.down.kind, &room.hidden[first * F], n, F, inner), arranged_at = at;
+            chunk_of(l.down, room.met[at], i % down_parts, hidden, n, &room.routed[first * D], D);
         });
+#pragma omp barrier
+        team.share(13, (D + CHUNK - 1) / CHUNK, [&](int64_t i) { add_up(l, s, i * CHUNK, std::min(D, (i + 1) * CHUNK), room); });
     }
-    std::vector<int64_t> place(T * l.K);
-    for (size_t i = 0; l.E && i < room.pair.size(); i++) place[room.pair[i]] = i;
-    for (int64_t t = 0; t < T; t++)
-        for (int64_t d = 0; d < D; d++) {
-            float total = room.x[t * D + d] + (l.shared ? room.shared[t * D + d] : 0.0f);
-            float routed = 0;
-            for (int64_t k = 0; k < l.K; k++) routed += s.weights[t * l.K + k] * room.routed[place[t * l.K + k] * D + d];
-            s.y[t * D + d] = total + routed;
-        }
+}
+
+}  // namespace
+
+extern "C" {
+
+// `count` layers in turn. stride: bytes from one layer's rows to the next one's.
+void cavelight_layers(const Layer *const *layers, int64_t count, const Step *step, int64_t stride) {
+    static thread_local Room room;
+    Step s = *step;
+    for (int64_t i = 0; i < count; i++) {
+        const Layer &l = *layers[i];
+        compute(l, s, room);
+        s.x = s.y;
+        s.past.rows += stride;
+        if (l.E) s.ids += s.T * l.K, s.weights += s.T * l.K, s.scores += s.T * l.E;
+    }
 }
 
 }
