@@ -13,7 +13,7 @@ using namespace cavelight;
 
 namespace {
 
-constexpr int64_t CHUNK = 32;  // outputs of a matrix that a thread takes at a time
+constexpr int64_t MOST_ROWS = 512;  // of a matrix that a thread takes at a time: long ones are read faster
 constexpr int PHASES = 14;
 constexpr int NEAR = 8;  // rows that are added up together
 
@@ -26,10 +26,19 @@ struct Team {
     }
 };
 
-int64_t chunks(const Matrix &m) { return (m.rows + CHUNK - 1) / CHUNK; }
+// A matrix cut into equal parts, one for each thread or more.
+struct Cut {
+    int64_t rows, size, parts;
+    Cut(const Matrix &m, int64_t threads) : rows(m.rows) {
+        size = std::min(MOST_ROWS, (rows + threads - 1) / threads + 3) / 4 * 4;
+        parts = size ? (rows + size - 1) / size : 0;
+    }
+    int64_t first(int64_t part) const { return part * size; }
+    int64_t last(int64_t part) const { return std::min(rows, first(part) + size); }
+};
 
-void chunk_of(const Matrix &m, int64_t e, int64_t i, const float *x, int64_t T, float *y, int64_t width) {
-    rows(m, e, i * CHUNK, std::min(m.rows, (i + 1) * CHUNK), x, T, y, width);
+void part_of(const Matrix &m, const Cut &cut, int64_t part, int64_t e, const float *x, int64_t T, float *y) {
+    rows(m, e, cut.first(part), cut.last(part), x, T, y, m.rows);
 }
 
 void norm(const float *x, const float *gain, float eps, int64_t width, float *y) {
@@ -243,8 +252,10 @@ void add_up(const Layer &l, const Step &s, int64_t first, int64_t last, const Ro
     }
 }
 
-void swiglu(float *gate, const float *up, int64_t count) {
-    for (int64_t i = 0; i < count; i++) gate[i] = silu(gate[i]) * up[i];
+// gate = silu(gate) * up, for some of the columns of [T, F].
+void swiglu(float *gate, const float *up, int64_t T, int64_t F, int64_t first, int64_t last) {
+    for (int64_t t = 0; t < T; t++)
+        for (int64_t i = t * F + first; i < t * F + last; i++) gate[i] = silu(gate[i]) * up[i];
 }
 
 }  // namespace
@@ -258,7 +269,8 @@ void cavelight_product(const Matrix *m, const float *x, int64_t T, float *y, int
     {
         static thread_local std::vector<float> room;
         const float *mine = arranged(m->kind, x, T, m->columns, room);
-        team.share(0, chunks(*m), [&](int64_t i) { chunk_of(*m, 0, i, mine, T, y, m->rows); });
+        const Cut cut(*m, threads);
+        team.share(0, cut.parts, [&](int64_t i) { part_of(*m, cut, i, 0, mine, T, y); });
     }
 }
 
@@ -287,19 +299,20 @@ void compute(const Layer &l, const Step &s, Room &room) {
         const Matrix &first = l.low_rank_query ? l.query_down : l.query_up;
         const float *x = arranged(first.kind, normed.data(), T, D, order);
         const float *x_latent = first.kind == l.latent_down.kind ? x : arranged(l.latent_down.kind, normed.data(), T, D, inner);
-        int64_t before = chunks(first);
-        team.share(0, before + chunks(l.latent_down), [&](int64_t i) {
-            if (i < before)
-                chunk_of(first, 0, i, x, T, l.low_rank_query ? room.low.data() : room.query.data(), first.rows);
+        const Cut of_first(first, s.threads), of_latent(l.latent_down, s.threads);
+        team.share(0, of_first.parts + of_latent.parts, [&](int64_t i) {
+            if (i < of_first.parts)
+                part_of(first, of_first, i, 0, x, T, l.low_rank_query ? room.low.data() : room.query.data());
             else
-                chunk_of(l.latent_down, 0, i - before, x_latent, T, room.latent.data(), L);
+                part_of(l.latent_down, of_latent, i - of_first.parts, 0, x_latent, T, room.latent.data());
         });
 #pragma omp barrier
         // Up to the heads' queries; the new rows go into the cache.
         if (l.low_rank_query) {
             norms(room.low.data(), Q, l.query_norm, l.latent_eps, T, Q, normed);
             x = arranged(l.query_up.kind, normed.data(), T, Q, order);
-            team.share(1, chunks(l.query_up), [&](int64_t i) { chunk_of(l.query_up, 0, i, x, T, room.query.data(), heads); });
+            const Cut cut(l.query_up, s.threads);
+            team.share(1, cut.parts, [&](int64_t i) { part_of(l.query_up, cut, i, 0, x, T, room.query.data()); });
         }
         team.share(2, s.spans_count, [&](int64_t n) {
             std::vector<float> row(L);
@@ -340,17 +353,19 @@ void compute(const Layer &l, const Step &s, Room &room) {
         });
 #pragma omp barrier
         x = arranged(l.output.kind, room.values.data(), T, l.H * l.U, order);
-        team.share(7, chunks(l.output), [&](int64_t i) {
-            chunk_of(l.output, 0, i, x, T, room.x.data(), D);
+        const Cut of_output(l.output, s.threads);
+        team.share(7, of_output.parts, [&](int64_t i) {
+            part_of(l.output, of_output, i, 0, x, T, room.x.data());
             for (int64_t t = 0; t < T; t++)
-                for (int64_t d = i * CHUNK; d < std::min(D, (i + 1) * CHUNK); d++) room.x[t * D + d] += s.x[t * D + d];
+                for (int64_t d = of_output.first(i); d < of_output.last(i); d++) room.x[t * D + d] += s.x[t * D + d];
         });
 #pragma omp barrier
         // The feed-forward: routing first, beside the part that all tokens go through.
         norms(room.x.data(), D, l.ffn_norm, l.eps, T, D, normed);
         if (l.E) {
             x = arranged(l.router.kind, normed.data(), T, D, order);
-            team.share(8, (l.E + 7) / 8, [&](int64_t i) { rows(l.router, 0, 8 * i, std::min(l.E, 8 * i + 8), x, T, logits, l.E); });
+            const Cut cut(l.router, s.threads);
+            team.share(8, cut.parts, [&](int64_t i) { part_of(l.router, cut, i, 0, x, T, logits); });
 #pragma omp barrier
 #pragma omp single nowait
             {
@@ -361,41 +376,43 @@ void compute(const Layer &l, const Step &s, Room &room) {
         }
         if (l.shared) {
             x = arranged(l.shared_gate.kind, normed.data(), T, D, order);
-            team.share(9, chunks(l.shared_gate), [&](int64_t i) {
+            const Cut cut(l.shared_gate, s.threads);
+            team.share(9, cut.parts, [&](int64_t i) {
                 float *gate = room.shared_hidden.data(), *up = gate + T * S;
-                chunk_of(l.shared_gate, 0, i, x, T, gate, S), chunk_of(l.shared_up, 0, i, x, T, up, S);
-                int64_t from = i * CHUNK, count = std::min(S - from, CHUNK);
-                for (int64_t t = 0; t < T; t++) swiglu(gate + t * S + from, up + t * S + from, count);
+                part_of(l.shared_gate, cut, i, 0, x, T, gate), part_of(l.shared_up, cut, i, 0, x, T, up);
+                swiglu(gate, up, T, S, cut.first(i), cut.last(i));
             });
         }
 #pragma omp barrier
-        const int64_t met = l.E ? room.met.size() : 0, parts = l.E ? chunks(l.gate) : 1;
+        const int64_t met = l.E ? room.met.size() : 0;
         if (l.E) {
             x = arranged(l.gate.kind, normed.data(), T, D, order);
-            team.share(10, met * parts, [&](int64_t i) {
-                int64_t at = i / parts, first = room.first_pair[at], n = room.first_pair[at + 1] - first;
+            const Cut cut(l.gate, s.threads);
+            team.share(10, met * cut.parts, [&](int64_t i) {
+                int64_t at = i / cut.parts, part = i % cut.parts, first = room.first_pair[at];
+                int64_t n = room.first_pair[at + 1] - first;
                 float *gate = &room.hidden[first * F], *up = &room.hidden[(T * l.K + first) * F];
                 inner.resize(n * D);
                 for (int64_t j = 0; j < n; j++) std::copy_n(x + room.pair[first + j] / l.K * D, D, &inner[j * D]);
-                chunk_of(l.gate, room.met[at], i % parts, inner.data(), n, gate, F);
-                chunk_of(l.up, room.met[at], i % parts, inner.data(), n, up, F);
-                int64_t from = i % parts * CHUNK, count = std::min(F - from, CHUNK);
-                for (int64_t j = 0; j < n; j++) swiglu(gate + j * F + from, up + j * F + from, count);
+                part_of(l.gate, cut, part, room.met[at], inner.data(), n, gate);
+                part_of(l.up, cut, part, room.met[at], inner.data(), n, up);
+                swiglu(gate, up, n, F, cut.first(part), cut.last(part));
             });
 #pragma omp barrier
         }
-        const int64_t down_parts = chunks(l.shared ? l.shared_down : l.down), routed = met * down_parts;
+        const Cut cut(l.shared ? l.shared_down : l.down, s.threads);
+        const int64_t routed = met * cut.parts;
         const float *hidden = nullptr;
         int64_t arranged_at = -1;
         if (l.shared) x = arranged(l.shared_down.kind, room.shared_hidden.data(), T, S, order);
-        team.share(11, routed + (l.shared ? down_parts : 0), [&](int64_t i) {
-            if (i >= routed) return chunk_of(l.shared_down, 0, i - routed, x, T, room.shared.data(), D);
-            int64_t at = i / down_parts, first = room.first_pair[at], n = room.first_pair[at + 1] - first;
+        team.share(11, routed + (l.shared ? cut.parts : 0), [&](int64_t i) {
+            if (i >= routed) return part_of(l.shared_down, cut, i - routed, 0, x, T, room.shared.data());
+            int64_t at = i / cut.parts, first = room.first_pair[at], n = room.first_pair[at + 1] - first;
             if (at != arranged_at) hidden = arranged(l.down.kind, &room.hidden[first * F], n, F, inner), arranged_at = at;
-            chunk_of(l.down, room.met[at], i % down_parts, hidden, n, &room.routed[first * D], D);
+            part_of(l.down, cut, i % cut.parts, room.met[at], hidden, n, &room.routed[first * D]);
         });
 #pragma omp barrier
-        team.share(13, (D + CHUNK - 1) / CHUNK, [&](int64_t i) { add_up(l, s, i * CHUNK, std::min(D, (i + 1) * CHUNK), room); });
+        team.share(13, cut.parts, [&](int64_t i) { add_up(l, s, cut.first(i), cut.last(i), room); });
     }
 }
 
