@@ -21,6 +21,7 @@ from cavelight.model.ports import GroupedDispatch, PackedAttend
 from cavelight.model.router import Routing
 from cavelight.model.transformer import Transformer
 from cavelight.run.paged import PagedCache
+from cavelight.run.quick import quick
 from cavelight.spec.cost import active_parameters, flops_per_token, stored_bytes_per_token, total_parameters
 from cavelight.spec.formats import FP8, INT8
 from cavelight.spec.presets import preset
@@ -37,7 +38,7 @@ def run(*arguments: str) -> Result:
 
 
 @pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_cases, "SECONDS", 0.01)
     monkeypatch.setattr("cavelight.bench.sweep.probe", lambda: Probes(1e10, 1e11, 1e11))
 
@@ -93,7 +94,7 @@ def test_a_prompt_asks_for_one_token() -> None:
     """As in generating, whatever its length; of drafts all are asked."""
     model = random_model(small_config(max_position_embeddings=64))
     for case, rows in ((Case("prompt", 0, 5), 1), (Case("prompt", 0, 5, 3), 3), (Case("verifying", 8, 5), 5)):
-        with patch.object(model, "head", side_effect=model.head) as head:
+        with patch.object(quick(model), "head", side_effect=quick(model).head) as head:
             measure(model, case, clock=lambda: 0.0)
         assert {len(call.args[0]) for call in head.call_args_list} == {rows}
 
@@ -204,7 +205,7 @@ def test_a_model_that_transformers_fills_at_random_is_not_compared(tmp_path: Pat
         Transformers(tmp_path, model.config, torch.float32)
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("hasty")
 def test_a_checkpoint_needs_no_tokenizer(tmp_path: Path) -> None:
     """Nor the MTP modules that its configuration announces, if told."""
     write_checkpoint(random_model(preset("nano").replace(num_nextn_predict_layers=0)), tmp_path / "model")
@@ -217,7 +218,7 @@ def test_a_checkpoint_needs_no_tokenizer(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "bench.json").exists()
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("hasty")
 def test_what_is_left_out_is_said(tmp_path: Path) -> None:
     asked = ("nano", "--prompts", "1,9k", "--depths", "0,508,16k", "--batches", "10m", "--out", str(tmp_path))
     shown = run(*asked)

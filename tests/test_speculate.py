@@ -139,6 +139,7 @@ def test_a_settled_position_ends_its_round(monkeypatch: pytest.MonkeyPatch) -> N
     assert settled.made == free.made
 
 
+@pytest.mark.usefixtures("plainly")  # natively a row's bits do not depend on the others
 @pytest.mark.parametrize("kind", ["tokens", "experts"])
 def test_without_settling_near_ties_part(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Or the test above would show nothing."""

@@ -23,6 +23,7 @@ from cavelight.model.transformer import Transformer
 from cavelight.run.engine import page_bytes
 from cavelight.run.generate import CHUNK
 from cavelight.run.paged import PagedCache, Span
+from cavelight.run.quick import quick
 from cavelight.spec.config import ModelConfig
 from cavelight.spec.cost import Form, flops_per_token, stored_bytes_per_token
 
@@ -98,8 +99,8 @@ class Measured:
 
 @torch.inference_mode()
 def measure(model: Transformer, case: Case, clock: Callable[[], float] = time.perf_counter) -> Measured:
-    """Time a case. Memory: the caches of its sequences. Raises nothing of its own."""
-    weight = model.lm_head.weight
+    """Time a case, as `generate` and the engine run the model. Memory: the caches of its sequences."""
+    weight, run = model.lm_head.weight, quick(model)
     cache = PagedCache(model.config, case.batch * case.pages, PAGE, weight.dtype, weight.device)
     cache.rows_MZL.normal_(0, 1)
     source = torch.Generator().manual_seed(0)
@@ -111,7 +112,7 @@ def measure(model: Transformer, case: Case, clock: Callable[[], float] = time.pe
             seconds, met, ends = [], [], clock() + SECONDS
         tokens_BT = torch.randint(model.config.vocab_size, (case.batch, case.tokens), generator=source)
         began = clock()
-        routings = _step(model, cache, case, tokens_BT)
+        routings = _step(run, cache, case, tokens_BT)
         seconds.append(clock() - began)
         met.append(sum(expert_bytes(model, some) for some in routings))
         if ends and case.once_is_enough(seconds[-1]):

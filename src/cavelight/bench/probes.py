@@ -7,7 +7,7 @@ import torch
 
 from cavelight.train.metrics import matmul_peak
 
-BUFFER = 1 << 28  # bytes that are read, more than caches hold
+BUFFER = 1 << 30  # bytes that are read, more than caches hold
 SECONDS = 1.0
 
 

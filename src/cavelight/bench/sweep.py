@@ -9,6 +9,7 @@ import torch
 from cavelight.bench.cases import Case, Measured, cache_bytes, measure
 from cavelight.bench.probes import Probes, probe
 from cavelight.model.transformer import Transformer
+from cavelight.run.quick import without_native
 from cavelight.spec.config import ModelConfig
 from cavelight.spec.events import Event, Phase
 
@@ -111,7 +112,8 @@ def sweep(
     peer: Peer | None = None,
     on_event: Callable[[Event], None] = lambda event: None,
 ) -> list[Row]:
-    """Measure them all."""
+    """Measure them all, once kernels.native is built."""
+    without_native()
     probes, rows = probe(), []
     for number, case in enumerate(wanted):
         on_event(Phase("measuring", number, len(wanted), "cases"))

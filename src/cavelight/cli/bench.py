@@ -70,19 +70,22 @@ def report(
 ) -> None:
     """bench.json and bench.png in `folder`, and a table on the screen."""
     from cavelight.bench.picture import draw_bench
+    from cavelight.run.quick import without_native
     from cavelight.train.provenance import machine
 
-    probes = rows[0].probes
+    probes, why = rows[0].probes, without_native()
     found = {
         "model": source,
         "machine": machine(dtype),
         "probes": {"read": probes.read, "float32": probes.float32, "bfloat16": probes.bfloat16},
         "cases": [row.as_dict() for row in rows],
+        "without_native": why,
         "left_out": [{"name": each.case.name, "why": each.why} for each in left_out],
     }
     write_json(folder / "bench.json", found)
     facts = [machine(dtype), f"reads {probes.read / 1e9:.1f} GB/s", f"peak {probes.peak / 1e12:.2f} Tflop/s"]
     draw_bench(rows, folder / "bench.png", f"What a token of {Path(source).resolve().name} costs", facts)
+    facts += [f"without native layers: {why}"] if why else []
     if as_json:
         say_json({"kind": "result", **found, "figure": folder / "bench.png"})
         return

@@ -6,8 +6,8 @@ width, L = C + R.
 
 A row is what the cache keeps of a token: its latent after the norm, then its shared key after RoPE. Both forms give
 the same values (V3 report, section 2.1.1; V2 report, section 2.1.2): the expanded one raises every row to keys and
-values of all heads, the absorbed one takes the queries down into the latent space and leaves the rows as they are. Both compute in the
-queries' numbers, whatever rows and matrices are kept in.
+values of all heads, the absorbed one takes the queries down into the latent space and leaves the rows as they are.
+Both compute in the queries' numbers, whatever rows and matrices are kept in.
 """
 
 from collections.abc import Sequence

@@ -22,6 +22,7 @@ from cavelight.run.invariant import DispatchAlone, RowBlocks
 from cavelight.run.pace import Pace
 from cavelight.run.paged import PagedCache, Span
 from cavelight.run.pages import Pages, Table
+from cavelight.run.quick import quick, without_native
 from cavelight.run.request import Generation, Request
 from cavelight.run.scheduler import Job, Part, Scheduler, Totals
 from cavelight.run.speculate import Chain, Drafter, Wish
@@ -68,13 +69,15 @@ class Engine:
         config, weight = model.config, model.lm_head.weight
         each = page_bytes(config, max(page, 1), weight.dtype)
         _check(memory=memory, budget=budget, most=most, queue=queue, page=page, page_bytes=each)
-        self.model, self.config, self.queue, self.clock = model, config, queue, clock
+        self.model, self.config, self.queue, self.clock = quick(model), config, queue, clock
         self.invariant = invariant
+        if invariant:
+            without_native()  # half by one way and half by another would not be the same to the bit
         self.dispatch = DispatchAlone() if invariant else dispatch or GroupedDispatch()
         self.modules = config.num_nextn_predict_layers
         self.cache = PagedCache(config, memory // each, page, weight.dtype, weight.device)
         self.scheduler = Scheduler(Pages(memory // each, page, lookahead=self.modules), budget, most)
-        self.drafter = Drafter(model, self._attend_at, self.dispatch, self.modules) if self.modules else None
+        self.drafter = Drafter(self.model, self._attend_at, self.dispatch, self.modules) if self.modules else None
         self.pace = Pace(config)
         self._jobs: dict[Job, Generation] = {}
         self._coming: deque[tuple[list[Generation], int]] = deque()

@@ -18,6 +18,7 @@ from cavelight.model.router import Routing
 from cavelight.model.transformer import Transformer
 from cavelight.run.cache import LatentCache
 from cavelight.run.choose import Allowed, Chooser
+from cavelight.run.quick import quick
 from cavelight.run.sample import Sampling
 from cavelight.run.settle import Settler, is_close
 from cavelight.run.speculate import Chain, Drafter, Wish, cost_of_round
@@ -56,7 +57,7 @@ class TokenStream(Iterator[int]):
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         config, weight = model.config, model.lm_head.weight
-        self.model, self.sampling, self.clock = model, sampling, clock
+        self.model, self.sampling, self.clock = quick(model), sampling, clock
         self.tokens = checked_prompt(config, prompt_tokens)
         self.stop_ids: AbstractSet[int] = frozenset(end_tokens(config) if stop_ids is None else stop_ids)
         self.chooser = Chooser(sampling, allowed, self.stop_ids)

@@ -8,7 +8,8 @@ rows, those two one row, experts one token, and attention one query (`paged.Page
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from contextvars import ContextVar
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,17 @@ PRODUCTS = {torch.mul, Tensor.mul, Tensor.__mul__}
 
 class RowBlocks(TorchFunctionMode):
     """While entered, `F.linear` takes `ROWS` rows at a time, the last filled up with zeros; the others take one."""
+
+    entered: ClassVar[ContextVar[bool]] = ContextVar("entered", default=False)  # for products that torch does not see
+
+    def __enter__(self) -> Self:
+        self.token = self.entered.set(True)
+        super().__enter__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]  # as above
+        self.entered.reset(self.token)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None

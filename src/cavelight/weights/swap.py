@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cavelight.errors import UserError
-from cavelight.kernels import experts
+from cavelight.kernels import experts, native
 from cavelight.model.transformer import Transformer
 from cavelight.spec.formats import PACKED_ROLES, Format
 from cavelight.spec.shapes import parameters
@@ -60,6 +60,13 @@ class PackedLinear(Packed):
             y_TO[..., rows] = F.linear(x_TI, unpack_tile(parts, self.format, rows, columns).to(x_TI.dtype))
         return y_TO
 
+    def matrix_as_stored(self, name: str = "") -> native.Matrix | None:
+        """See kernels.native.KeepsMatrix."""
+        if self.format.kind != "int":
+            return None
+        words, scale = self.get_buffer("weight_packed"), self.get_buffer("weight_scale")
+        return native.packed_matrix(words, scale, self.format.bits, self.format.group, self.in_features)
+
 
 class PackedExperts(Packed):
     """A layer's routed experts, gate and up [E, F, D] and down [E, D, F], packed; `parts` by stack and suffix."""
@@ -72,7 +79,7 @@ class PackedExperts(Packed):
         self.columns = {"gate_proj": hidden, "up_proj": hidden, "down_proj": width}
 
     def matrix(self, stack: str, expert: int, dtype: torch.dtype) -> Tensor:
-        """One expert's matrix, unpacked."""
+        """One expert's matrix of a stack, unpacked."""
         parts = {suffix: self.get_buffer(f"{stack}_{suffix}")[expert] for suffix in self.suffixes}
         return unpack(parts, self.format, dtype, self.columns[stack])
 
@@ -86,6 +93,13 @@ class PackedExperts(Packed):
             self.get_buffer(f"{STACKS[0]}_{self.suffixes[0]}").shape[0],
             lambda expert: [self.matrix(stack, expert, x_TD.dtype) for stack in STACKS],
         )
+
+    def matrix_as_stored(self, name: str = "") -> native.Matrix | None:
+        """Of the stack `name`; see kernels.native.KeepsMatrix."""
+        if self.format.kind != "int":
+            return None
+        words, scale = (self.get_buffer(f"{name}_weight_{part}") for part in ("packed", "scale"))
+        return native.packed_matrix(words, scale, self.format.bits, self.format.group, self.columns[name])
 
 
 def is_packed(model: nn.Module) -> bool:

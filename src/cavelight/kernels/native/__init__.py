@@ -9,11 +9,12 @@ and runs wherever there is no compiler.
 
 import ctypes
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+LANES = 16
 KINDS = {torch.float32: 0, torch.bfloat16: 1}
 INT8, INT4 = 8, 4
 MOST_GROUPS = 4096  # of a row
@@ -51,6 +52,7 @@ class Layer(ctypes.Structure):
         *((name, Matrix) for name in ("query_down", "query_up", "latent_down", "key_up", "value_up", "output")),
         *((name, Matrix) for name in ("router", "gate", "up", "down", "shared_gate", "shared_up", "shared_down")),
     ]
+    kept: tuple[Any, ...] = ()  # what it points into
 
 
 class _Step(ctypes.Structure):
@@ -61,6 +63,15 @@ class _Step(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("page", "width", "half")),
         *((name, ctypes.c_void_p) for name in ("y", "ids", "weights", "scores")),
     ]
+
+
+@runtime_checkable
+class KeepsMatrix(Protocol):
+    """A module with a matrix, or a stack of them by name, in a form of its own."""
+
+    def matrix_as_stored(self, name: str = "") -> Matrix | None:
+        """For `step.cpp`; None if that does not read it."""
+        ...
 
 
 class Places:
@@ -174,7 +185,8 @@ class Chain:
         self.pointers = (ctypes.POINTER(Layer) * self.count)(*map(ctypes.pointer, layers))
         routers = [layer for layer in layers if layer.E]
         self.routers = len(routers)
-        self.E, self.K = (routers[0].E, routers[0].K) if routers else (0, 0)
+        self.E: int = routers[0].E if routers else 0
+        self.K: int = routers[0].K if routers else 0
 
 
 def _at(tensor: Tensor) -> ctypes.c_void_p:

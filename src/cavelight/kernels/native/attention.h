@@ -35,7 +35,7 @@ struct Piece {  // of one sequence's past, for all its queries
     int64_t span, first, last, out;  // positions; index of its first group's sums
 };
 
-constexpr int64_t BLOCK = 64;  // positions that are looked at together
+constexpr int64_t BLOCK = 32;  // positions that are looked at together
 constexpr int ROWS = 16;       // of these at once,
 constexpr int COLUMNS = 96;    // and of each so many numbers, which a core's first cache holds
 

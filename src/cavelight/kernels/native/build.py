@@ -1,4 +1,4 @@
-"""Building the C++ beside this file with whatever compiler is here, once for each machine and source, and loading it."""
+"""Building the C++ beside this file with whatever compiler is here, once for each machine and source; loading it."""
 
 import ctypes
 import hashlib
@@ -19,7 +19,7 @@ PATIENCE = 300.0  # seconds
 
 
 class Build:
-    """A shared library, ready at once if some earlier run built it, and otherwise some seconds after it is asked for."""
+    """A shared library, ready at once if some earlier run built it, otherwise some seconds after it is asked for."""
 
     def __init__(self, source: str, folder: Callable[[], Path]) -> None:
         self.source, self.folder = SOURCES / source, folder

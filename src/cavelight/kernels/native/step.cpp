@@ -154,39 +154,39 @@ void sort_pairs(const Layer &l, const Step &s, Room &room) {
     }
 }
 
-// The queries of one head, taken down into the latent space and scaled: low[t][h][L].
-void absorb(const Layer &l, const Step &s, int64_t h, const float *queries, float *low) {
-    const int64_t L = l.C + l.R, width = l.N + l.R;
+// The queries of one head, taken down into the latent space and scaled: low[t][h][L]. They are worked on side by side,
+// since as they lie they would meet in the same few places of a core's cache.
+void absorb(const Layer &l, const Step &s, int64_t h, const float *queries, float *low, std::vector<float> &room) {
+    const int64_t L = l.C + l.R, width = l.N + l.R, wide = l.C + LANES, narrow = l.N + LANES;
     const uint8_t *up = l.key_up.data + h * l.key_up.stack_bytes;
     const bool half = l.key_up.kind == BFLOAT16;
-    auto query = [&](int64_t t) { return queries + (t * l.H + h) * width; };
-    auto row = [&](int64_t t) { return low + (t * l.H + h) * L; };
-    for (int64_t t = 0; t < s.T; t++) std::fill_n(row(t), l.C, 0.0f);
-    for (int64_t n = 0; n < l.N; n += NEAR) {
+    room.assign(s.T * (wide + narrow), 0.0f);
+    float *sums = room.data(), *query = sums + s.T * wide;
+    for (int64_t t = 0; t < s.T; t++) std::copy_n(queries + (t * l.H + h) * width, l.N, query + t * narrow);
+    for (int64_t n = 0; n < l.N; n += NEAR) {  // past N there are zeros in `query`
         const uint8_t *from = up + n * l.key_up.row_bytes;
-        const bool whole = n + NEAR <= l.N;
+        const int64_t near = std::min<int64_t>(NEAR, l.N - n);
         for (int64_t c = 0; c < l.C; c += LANES) {
-            v16 w[NEAR] = {};
+            v16 w[NEAR];
             EACH for (int64_t i = 0; i < NEAR; i++) {
-                if (!whole && n + i >= l.N) continue;
-                __builtin_prefetch(from + (NEAR + i) * l.key_up.row_bytes + (half ? 2 : 4) * c);
-                w[i] = half ? numbers<true>(from + i * l.key_up.row_bytes, c) : numbers<false>(from + i * l.key_up.row_bytes, c);
+                const uint8_t *p = from + std::min(i, near - 1) * l.key_up.row_bytes;
+                __builtin_prefetch(p + NEAR * l.key_up.row_bytes + (half ? 2 : 4) * c);
+                w[i] = half ? numbers<true>(p, c) : numbers<false>(p, c);
             }
             for (int64_t t = 0; t < s.T; t++) {
-                const float *q = query(t) + n;
-                v16 sums = load<v16>(row(t) + c);
-                if (whole) {
-                    EACH for (int64_t i = 0; i < NEAR; i++) sums += w[i] * q[i];
-                } else {
-                    for (int64_t i = 0; n + i < l.N; i++) sums += w[i] * q[i];
-                }
-                store(row(t) + c, sums);
+                float *to = sums + t * wide + c;
+                const float *q = query + t * narrow + n;
+                v16 sum = load<v16>(to);
+                EACH for (int64_t i = 0; i < NEAR; i++) sum += w[i] * q[i];
+                store(to, sum);
             }
         }
     }
     for (int64_t t = 0; t < s.T; t++) {
-        rotate(query(t) + l.N, s.cos + t * l.R / 2, s.sin + t * l.R / 2, l.R, row(t) + l.C);
-        for (int64_t i = 0; i < L; i++) row(t)[i] *= l.softmax_scale;
+        float *row = low + (t * l.H + h) * L;
+        std::copy_n(sums + t * wide, l.C, row);
+        rotate(queries + (t * l.H + h) * width + l.N, s.cos + t * l.R / 2, s.sin + t * l.R / 2, l.R, row + l.C);
+        for (int64_t i = 0; i < L; i++) row[i] *= l.softmax_scale;
     }
 }
 
@@ -324,7 +324,7 @@ void compute(const Layer &l, const Step &s, Room &room) {
             }
         });
 #pragma omp barrier
-        team.share(3, l.H, [&](int64_t h) { absorb(l, s, h, room.query.data(), room.absorbed.data()); });
+        team.share(3, l.H, [&](int64_t h) { absorb(l, s, h, room.query.data(), room.absorbed.data(), inner); });
 #pragma omp barrier
         team.share(12, room.last.size(), [&](int64_t g) {
             int64_t n = std::upper_bound(room.group_of_span.begin(), room.group_of_span.end(), g) - room.group_of_span.begin() - 1;
