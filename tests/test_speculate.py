@@ -114,6 +114,17 @@ TIED = {
 
 
 @pytest.mark.parametrize("kind", TIED)
+def test_natively_near_ties_need_no_settling(kind: str) -> None:
+    model = TIED[kind]
+    for prompt in some_prompts(model.config, 6):
+        plain = run(model, prompt, 20, 0)
+        for drafts in (1, 3):
+            assert run(model, prompt, 20, drafts).made == plain.made
+        assert plain.stats.settled == 0
+
+
+@pytest.mark.usefixtures("plainly")
+@pytest.mark.parametrize("kind", TIED)
 def test_near_ties_are_settled_alike(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = TIED[kind]
     monkeypatch.setattr(settle, "BLOCK", 8)
@@ -128,6 +139,7 @@ def test_near_ties_are_settled_alike(kind: str, monkeypatch: pytest.MonkeyPatch)
             torch.testing.assert_close(rows, plain_rows, atol=1e-4, rtol=0)
 
 
+@pytest.mark.usefixtures("plainly")
 def test_a_settled_position_ends_its_round(monkeypatch: pytest.MonkeyPatch) -> None:
     """The rows after it were computed with another one, so even drafts that are right cannot be taken over."""
     model = drafting_model(small_config(), surprise=0.2)

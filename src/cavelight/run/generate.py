@@ -18,7 +18,7 @@ from cavelight.model.router import Routing
 from cavelight.model.transformer import Transformer
 from cavelight.run.cache import LatentCache
 from cavelight.run.choose import Allowed, Chooser
-from cavelight.run.quick import quick
+from cavelight.run.quick import is_steady, quick
 from cavelight.run.sample import Sampling
 from cavelight.run.settle import Settler, is_close
 from cavelight.run.speculate import Chain, Drafter, Wish, cost_of_round
@@ -66,7 +66,9 @@ class TokenStream(Iterator[int]):
         self.dispatch = dispatch or GroupedDispatch()
         capacity = len(self.tokens) + min(max(max_new_tokens, 0), ROOM)
         self.cache = LatentCache(config, capacity, weight.dtype, weight.device)
-        self.exact = sampling.greedy and weight.dtype in (torch.float32, torch.float64)
+        # Either a row's bits are the same in any step, or what they decide is settled; if neither, the clock may not.
+        self.steady = is_steady(self.model, self.dispatch)
+        self.exact = self.steady or (sampling.greedy and weight.dtype in (torch.float32, torch.float64))
         self.settler: Settler | None = None
         self.stats = Stats(prompt_tokens=len(self.tokens))
         self.may_turn_off = drafts == "auto"
@@ -117,7 +119,7 @@ class TokenStream(Iterator[int]):
                 if start + CHUNK < prompt:  # the modules take the prompt in chunks too
                     self._propose(self.drafter, 0)
         self._decide(self.model.head(hidden_TD[-1:]), hidden_TD[-1:], routings)
-        if self.exact and self.model.config.num_nextn_predict_layers:  # else there is nothing to agree with
+        if self.exact and not self.steady and self.model.config.num_nextn_predict_layers:  # else nothing need agree
             self.settler = Settler(self.model, self.cache, self.dispatch, prompt)
         ready = self._finish(prompt)
         self._draft()

@@ -53,6 +53,17 @@ def quick(model: Transformer) -> Transformer:
     return made[0]
 
 
+def is_steady(model: Transformer, dispatch: Dispatch) -> bool:
+    """Whether a token's logits are the same to the bit in any step of up to FEW tokens, now and later."""
+    trunk, head = model.model, model.lm_head
+    whole = isinstance(trunk, QuickTrunk) and trunk.chain is not None and isinstance(head, QuickLinear)
+    return whole and head.matrix is not None and _at_home(dispatch) and BUILD.library() is not None
+
+
+def _at_home(dispatch: Dispatch) -> bool:
+    return isinstance(dispatch, GroupedDispatch | DispatchAlone)
+
+
 def without_native() -> str | None:
     """Wait until kernels.native is built; why it cannot be used, if it cannot."""
     BUILD.library(wait=True)
@@ -163,7 +174,7 @@ class QuickTrunk(Trunk):
 
 def _library(chain: native.Chain | None, attend: Attend, dispatch: Dispatch, tokens: Tensor) -> CDLL | None:
     """What computes layers in one piece: for few tokens, rows in a cache of ours, and all experts at home."""
-    if chain is None or not isinstance(dispatch, GroupedDispatch | DispatchAlone) or tokens.requires_grad:
+    if chain is None or not _at_home(dispatch) or tokens.requires_grad:
         return None
     few = len(tokens) <= FEW
     if isinstance(attend, PagedAttend):
