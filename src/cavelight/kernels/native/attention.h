@@ -35,7 +35,7 @@ struct Piece {  // of one sequence's past, for all its queries
     int64_t span, first, last, out;  // positions; index of its first group's sums
 };
 
-constexpr int64_t BLOCK = 32;  // positions that are looked at together
+constexpr int64_t BLOCK = 64;  // positions that are looked at together
 constexpr int ROWS = 16;       // of these at once,
 constexpr int COLUMNS = 96;    // and of each so many numbers, which a core's first cache holds
 
@@ -87,13 +87,13 @@ inline void score(const uint8_t *const *rows, const uint8_t *next, int64_t L, in
     }
 }
 
-// mixed[lane][c] = mixed * keep[lane] + sum of weights[row][lane] * rows[row][c].
+// mixed[lane][c] = mixed * keep[lane] + sum of weights[row][lane] * rows[row][c]; fresh: there is no `mixed` yet.
 template <bool half>
 inline void mix(const uint8_t *const *rows, int64_t count, int64_t C, const float *weights, const float *keep,
-                float *mixed) {
+                bool fresh, float *mixed) {
     for (int64_t c = 0; c < C; c += LANES) {
         v16 sums[LANES];
-        EACH for (int i = 0; i < LANES; i++) sums[i] = load<v16>(mixed + i * C + c) * keep[i];
+        EACH for (int i = 0; i < LANES; i++) sums[i] = fresh ? v16{} : load<v16>(mixed + i * C + c) * keep[i];
         for (int64_t s = 0; s < count; s++) {
             v16 row = numbers<half>(rows[s], c);
             EACH for (int i = 0; i < LANES; i++) sums[i] += row * weights[s * LANES + i];
@@ -112,7 +112,6 @@ inline void look(const Past &past, const Span &span, const Piece &piece, int64_t
     for (int64_t g = 0; g < G; g++) {
         int64_t out = piece.out + g;
         store(&sums.largest[out * LANES], all(-1e30f)), store(&sums.total[out * LANES], v16{});
-        std::fill_n(&sums.mixed[out * C * LANES], C * LANES, 0.0f);
     }
     for (int64_t first = piece.first; first < piece.last; first += BLOCK) {
         const uint8_t *rows[BLOCK];  // those past the last one are the last one again, and seen by nobody
@@ -141,7 +140,7 @@ inline void look(const Past &past, const Span &span, const Piece &piece, int64_t
             store(keep, kept);
             store(&sums.total[out * LANES], load<v16>(&sums.total[out * LANES]) * kept + total);
             store(&sums.largest[out * LANES], largest);
-            mix<half>(rows, padded, C, mine, keep, &sums.mixed[out * C * LANES]);
+            mix<half>(rows, padded, C, mine, keep, first == piece.first, &sums.mixed[out * C * LANES]);
         }
     }
 }

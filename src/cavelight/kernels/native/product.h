@@ -21,26 +21,31 @@ struct Matrix {  // [O, I], or a stack of them
 };
 
 constexpr int64_t AHEAD = 8192;        // bytes that are asked for before they are needed
+constexpr int64_t BLOCK_ROWS = 32;      // of a matrix that are gone through together
+constexpr int64_t MOST_NUMBERS = 10240;  // of x that a core's first cache holds, and something beside
 constexpr int64_t MOST_GROUPS = 4096;  // of a row
-
-#define EACH _Pragma("GCC unroll 16")
 
 // Columns that one turn of the inner loop takes, and where in it x has to lie.
 template <int kind>
 constexpr int STEP = kind == INT4 ? 128 : kind == BFLOAT16 ? 32 : LANES;
 
+// From a row of arranged x to the next: rows a whole number of pages apart would crowd one corner of a core's cache.
+inline int64_t stride(int64_t I) { return I + LANES; }
+
 // x [T, I] in the order in which a matrix of this kind meets its columns; what does not fill a turn stays in place.
 inline const float *arranged(int kind, const float *x, int64_t T, int64_t I, std::vector<float> &room) {
-    if (kind != BFLOAT16 && kind != INT4) return x;
-    int64_t step = kind == INT4 ? STEP<INT4> : STEP<BFLOAT16>, parts = step / LANES, whole = I / step * step;
-    room.resize(T * I);
+    const int64_t step = kind == INT4 ? STEP<INT4> : kind == BFLOAT16 ? STEP<BFLOAT16> : LANES;
+    const int64_t parts = step / LANES, whole = I / step * step;
+    if (parts == 1 && T == 1) return x;
+    room.resize(T * stride(I));
     for (int64_t t = 0; t < T; t++) {
         const float *from = x + t * I;
-        float *to = room.data() + t * I;
-        for (int64_t i = 0; i < whole; i += step)
+        float *to = room.data() + t * stride(I);
+        for (int64_t i = 0; i < whole && parts > 1; i += step)
             for (int64_t part = 0; part < parts; part++)
                 for (int64_t lane = 0; lane < LANES; lane++) to[i + part * LANES + lane] = from[i + lane * parts + part];
-        std::copy(from + whole, from + I, to + whole);
+        int64_t done = parts > 1 ? whole : 0;
+        std::copy(from + done, from + I, to + done);
     }
     return room.data();
 }
@@ -66,7 +71,7 @@ inline void read_scales(const Matrix &m, int64_t first, int64_t count, float *sc
 // R rows of W with T rows of x. ahead: bytes to where memory will be read from soon, 0 to leave that to others.
 template <int kind, int R, int T>
 inline void tile(const Matrix &m, const uint8_t *row, int64_t scales, const float *x, int64_t ahead, float (&out)[R][T]) {
-    const int64_t I = m.columns, step = STEP<kind>, whole = I / step * step;
+    const int64_t I = m.columns, X = stride(I), step = STEP<kind>, whole = I / step * step;
     const int64_t group = std::min(m.group, I), groups = kind >= INT4 ? (I + group - 1) / group : 0;
     v16 sums[R][T] = {};
     float scale[R][kind >= INT4 ? MOST_GROUPS + LANES : 1];
@@ -78,12 +83,12 @@ inline void tile(const Matrix &m, const uint8_t *row, int64_t scales, const floa
                 if (ahead) __builtin_prefetch(p + ahead);
                 if constexpr (kind == FLOAT32) {
                     v16 w = load<v16>(p);
-                    EACH for (int t = 0; t < T; t++) sums[r][t] += w * load<v16>(x + t * I + i);
+                    EACH for (int t = 0; t < T; t++) sums[r][t] += w * load<v16>(x + t * X + i);
                 } else {
                     i16 pairs = load<i16>(p);
                     v16 even = as_float(pairs << 16), odd = as_float(pairs & int(0xffff0000));
-                    EACH for (int t = 0; t < T; t++) sums[r][t] += even * load<v16>(x + t * I + i);
-                    EACH for (int t = 0; t < T; t++) sums[r][t] += odd * load<v16>(x + t * I + i + LANES);
+                    EACH for (int t = 0; t < T; t++) sums[r][t] += even * load<v16>(x + t * X + i);
+                    EACH for (int t = 0; t < T; t++) sums[r][t] += odd * load<v16>(x + t * X + i + LANES);
                 }
             }
         }
@@ -95,7 +100,7 @@ inline void tile(const Matrix &m, const uint8_t *row, int64_t scales, const floa
                     const uint8_t *p = row + r * m.row_bytes + i;
                     if (ahead) __builtin_prefetch(p + ahead);
                     v16 w = widen(load<b16>(p) ^ int8_t(-128));
-                    EACH for (int t = 0; t < T; t++) part[r][t] += w * load<v16>(x + t * I + i);
+                    EACH for (int t = 0; t < T; t++) part[r][t] += w * load<v16>(x + t * X + i);
                 }
             }
             EACH for (int r = 0; r < R; r++)
@@ -116,7 +121,7 @@ inline void tile(const Matrix &m, const uint8_t *row, int64_t scales, const floa
             EACH for (int place = 0; place < 8; place++) {
                 EACH for (int r = 0; r < R; r++) {
                     v16 w = __builtin_shuffle(values, words[r] >> (4 * place));
-                    EACH for (int t = 0; t < T; t++) part[r][t] += w * load<v16>(x + t * I + i + place * LANES);
+                    EACH for (int t = 0; t < T; t++) part[r][t] += w * load<v16>(x + t * X + i + place * LANES);
                 }
             }
             EACH for (int r = 0; r < R; r++) {
@@ -125,12 +130,17 @@ inline void tile(const Matrix &m, const uint8_t *row, int64_t scales, const floa
             }
         }
     }
-    for (int r = 0; r < R; r++)
+    if constexpr (R * T == LANES)
+        store(out[0], cavelight::sums(sums[0]));
+    else
+        for (int r = 0; r < R; r++)
+            for (int t = 0; t < T; t++) out[r][t] = sum(sums[r][t]);
+    for (int r = 0; r < R && whole < I; r++)
         for (int t = 0; t < T; t++) {
             float rest = 0;
             for (int64_t i = whole; i < I; i++)
-                rest += value<kind>(row + r * m.row_bytes, i) * (groups ? scale[r][i / group] : 1.0f) * x[t * I + i];
-            out[r][t] = sum(sums[r][t]) + rest;
+                rest += value<kind>(row + r * m.row_bytes, i) * (groups ? scale[r][i / group] : 1.0f) * x[t * X + i];
+            out[r][t] += rest;
         }
 }
 
@@ -145,31 +155,32 @@ inline void rows_and_tokens(const Matrix &m, int64_t e, int64_t o, const float *
 }
 
 // y[t][o] for o in [first, last), `width` apart from row to row; x as `arranged` gives it; e: which matrix of a stack.
-template <int kind, int R>
-void rows_at(const Matrix &m, int64_t e, int64_t o, const float *x, int64_t T, int64_t ahead, float *y, int64_t width) {
-    for (int64_t t = 0; t < T; ahead = 0) {
-        const float *some = x + t * m.columns;
-        float *to = y + t * width;
-        int64_t left = T - t;
-        if (left >= 4) {
-            rows_and_tokens<kind, R, 4>(m, e, o, some, ahead, to, width), t += 4;
-        } else if (left >= 2) {
-            rows_and_tokens<kind, R, 2>(m, e, o, some, ahead, to, width), t += 2;
-        } else {
-            rows_and_tokens<kind, R, 1>(m, e, o, some, ahead, to, width), t += 1;
-        }
-    }
+template <int kind, int T>
+void block(const Matrix &m, int64_t e, int64_t first, int64_t last, const float *x, int64_t ahead, float *y,
+           int64_t width) {
+    constexpr int R = T == 8 ? 2 : 4;
+    int64_t o = first;
+    for (; o + R <= last; o += R) rows_and_tokens<kind, R, T>(m, e, o, x, ahead, y, width);
+    for (; o < last; o++) rows_and_tokens<kind, 1, T>(m, e, o, x, ahead, y, width);
 }
 
 // y[t][o] for o in [first, last), `width` apart from row to row; x as `arranged` gives it; e: which matrix of a stack.
 template <int kind>
 void rows_of_kind(const Matrix &m, int64_t e, int64_t first, int64_t last, const float *x, int64_t T, float *y,
                   int64_t width) {
-    constexpr int R = 4;
-    const int64_t tile_bytes = R * m.row_bytes, ahead = (AHEAD + tile_bytes - 1) / tile_bytes * tile_bytes;
-    int64_t o = first;
-    for (; o + R <= last; o += R) rows_at<kind, R>(m, e, o, x, T, ahead, y, width);
-    for (; o < last; o++) rows_at<kind, 1>(m, e, o, x, T, ahead, y, width);
+    const int64_t near = 4 * m.row_bytes, far = (AHEAD + near - 1) / near * near, X = stride(m.columns);
+    for (int64_t o = first; o < last; o += BLOCK_ROWS) {  // these stay in the cache while all tokens meet them
+        int64_t end = std::min(last, o + BLOCK_ROWS), ahead = far;
+        for (int64_t t = 0; t < T; ahead = 0) {
+            const float *some = x + t * X;
+            float *to = y + t * width;
+            int64_t left = T - t;
+            if (left >= 8 && X <= MOST_NUMBERS / 8) block<kind, 8>(m, e, o, end, some, ahead, to, width), t += 8;
+            else if (left >= 4) block<kind, 4>(m, e, o, end, some, ahead, to, width), t += 4;
+            else if (left >= 2) block<kind, 2>(m, e, o, end, some, ahead, to, width), t += 2;
+            else block<kind, 1>(m, e, o, end, some, ahead, to, width), t += 1;
+        }
+    }
 }
 
 inline void rows(const Matrix &m, int64_t e, int64_t first, int64_t last, const float *x, int64_t T, float *y,

@@ -392,8 +392,9 @@ void compute(const Layer &l, const Step &s, Room &room) {
                 int64_t at = i / cut.parts, part = i % cut.parts, first = room.first_pair[at];
                 int64_t n = room.first_pair[at + 1] - first;
                 float *gate = &room.hidden[first * F], *up = &room.hidden[(T * l.K + first) * F];
-                inner.resize(n * D);
-                for (int64_t j = 0; j < n; j++) std::copy_n(x + room.pair[first + j] / l.K * D, D, &inner[j * D]);
+                inner.resize(n * stride(D));
+                for (int64_t j = 0; j < n; j++)
+                    std::copy_n(x + room.pair[first + j] / l.K * stride(D), D, &inner[j * stride(D)]);
                 part_of(l.gate, cut, part, room.met[at], inner.data(), n, gate);
                 part_of(l.up, cut, part, room.met[at], inner.data(), n, up);
                 swiglu(gate, up, n, F, cut.first(part), cut.last(part));
