@@ -18,7 +18,16 @@ LANES = 16
 KINDS = {torch.float32: 0, torch.bfloat16: 1}
 INT8, INT4 = 8, 4
 MOST_GROUPS = 4096  # of a row
+# Bytes of a layer's weights, times tokens, below which one thread does it: threads that wait for one another at every
+# turn gain little there, and lose ten times as much when something else wants a core.
+WORTH_SHARING = 1 << 20
 FLOATS = ctypes.c_void_p
+
+
+MATRICES = (
+    *("query_down", "query_up", "latent_down", "key_up", "value_up", "output"),
+    *("router", "gate", "up", "down", "shared_gate", "shared_up", "shared_down"),
+)
 
 
 class Matrix(ctypes.Structure):
@@ -49,8 +58,7 @@ class Layer(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("low_rank_query", "sigmoid", "normalise", "shared")),
         *((name, ctypes.c_float) for name in ("eps", "latent_eps", "softmax_scale", "routed_scale")),
         *((name, FLOATS) for name in ("attention_norm", "query_norm", "latent_norm", "ffn_norm", "bias")),
-        *((name, Matrix) for name in ("query_down", "query_up", "latent_down", "key_up", "value_up", "output")),
-        *((name, Matrix) for name in ("router", "gate", "up", "down", "shared_gate", "shared_up", "shared_down")),
+        *((name, Matrix) for name in MATRICES),
     ]
     kept: tuple[Any, ...] = ()  # what it points into
 
@@ -141,7 +149,11 @@ def product(library: ctypes.CDLL, m: Matrix, x_TI: Tensor) -> Tensor:
     x_TI = x_TI.float().contiguous()
     y_TO = torch.empty(x_TI.shape[0], m.rows)
     library.cavelight_product(
-        ctypes.byref(m), _at(x_TI), ctypes.c_int64(len(x_TI)), _at(y_TO), ctypes.c_int64(torch.get_num_threads())
+        ctypes.byref(m),
+        _at(x_TI),
+        ctypes.c_int64(len(x_TI)),
+        _at(y_TO),
+        ctypes.c_int64(_threads(m.rows * m.row_bytes * len(x_TI))),
     )
     return y_TO
 
@@ -165,7 +177,7 @@ def layers(
     step = _Step(
         T,
         len(places.spans),
-        torch.get_num_threads(),
+        _threads(chain.bytes * T),
         *(t.data_ptr() for t in (x_TD, cos, sin, places.spans, rows_MZL, places.pages)),
         places.page,
         rows_MZL.shape[2],
@@ -187,6 +199,18 @@ class Chain:
         self.routers = len(routers)
         self.E: int = routers[0].E if routers else 0
         self.K: int = routers[0].K if routers else 0
+        self.bytes = max(map(_bytes, layers))  # that a token meets in a layer
+
+
+def _bytes(layer: Layer) -> int:
+    """Of the matrices that one token meets."""
+    stacks = {"key_up": layer.H, "value_up": layer.H, "gate": layer.K, "up": layer.K, "down": layer.K}
+    matrices = ((name, getattr(layer, name)) for name in MATRICES)
+    return sum(stacks.get(name, 1) * m.rows * m.row_bytes for name, m in matrices)
+
+
+def _threads(work: int) -> int:
+    return torch.get_num_threads() if work >= WORTH_SHARING else 1
 
 
 def _at(tensor: Tensor) -> ctypes.c_void_p:
