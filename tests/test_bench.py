@@ -41,6 +41,7 @@ def run(*arguments: str) -> Result:
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_cases, "SECONDS", 0.01)
     monkeypatch.setattr("cavelight.bench.sweep.probe", lambda: Probes(1e10, 1e11, 1e11))
+    monkeypatch.setattr("cavelight.bench.sweep.read_bandwidth", lambda seconds: 1e10)
 
 
 def plain_bytes(model: Transformer) -> int:

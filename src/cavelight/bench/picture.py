@@ -1,6 +1,7 @@
 """The figure of a benchmark: what a token costs, by depth and by company, over what the machine's bandwidth allows."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,26 +15,41 @@ if TYPE_CHECKING:
 WIDTH, HEIGHT, LEFT, GAP, TOP = 3.1, 2.2, 0.6, 1.6, 1.1  # inches
 
 
+@dataclass(frozen=True)
+class Panel:
+    """Rows by what they differ in."""
+
+    name: str
+    axis: str
+    rows: Sequence[tuple[int, Row]]
+
+
 def draw_bench(rows: Sequence[Row], path: Path, title: str, facts: Sequence[str]) -> None:
-    """Milliseconds a token: measured, and what reading its bytes takes at the probe's bandwidth."""
+    """By depth, and by company at the least depth."""
     steps = [row for row in rows if row.ours.case.kind == "decoding"]
     alone = sorted((row for row in steps if row.ours.case.batch == 1), key=lambda row: row.ours.case.depth)
     company = sorted(
         (row for row in steps if alone and row.ours.case.depth == alone[0].ours.case.depth),
         key=lambda row: row.ours.case.batch,
     )
-    with style.sheet(path, LEFT + 2 * WIDTH + 2 * GAP, TOP + HEIGHT + 0.6) as figure:
+    panels = [
+        Panel("A token by depth", "positions in the cache", [(row.ours.case.depth, row) for row in alone]),
+        Panel("A token by company", "sequences at once", [(row.ours.case.batch, row) for row in company]),
+    ]
+    draw_panels(panels, path, title, facts)
+
+
+def draw_panels(panels: Sequence[Panel], path: Path, title: str, facts: Sequence[str]) -> None:
+    """Milliseconds a token: measured, and what reading its bytes takes at the probe's bandwidth."""
+    with style.sheet(path, LEFT + len(panels) * (WIDTH + GAP), TOP + HEIGHT + 0.6) as figure:
         style.heading(figure, title, facts)
-        for place, (name, unit, some) in enumerate(
-            (("A token by depth", "ms", alone), ("A token by company", "ms", company))
-        ):
+        for place, panel in enumerate(panels):
             axes = style.panel(figure, LEFT + place * (WIDTH + GAP), TOP, WIDTH, HEIGHT)
-            style.entitle(axes, name, unit)
-            if len(some) < 2:
+            style.entitle(axes, panel.name, "ms")
+            if len(panel.rows) < 2:
                 style.say_instead(axes, "Fewer than two were measured.")
                 continue
-            xs = [row.ours.case.depth if place == 0 else row.ours.case.batch for row in some]
-            _lines(axes, xs, some, "positions in the cache" if place == 0 else "sequences at once")
+            _lines(axes, [x for x, _ in panel.rows], [row for _, row in panel.rows], panel.axis)
 
 
 def _lines(axes: "Axes", xs: Sequence[int], rows: Sequence[Row], label: str) -> None:

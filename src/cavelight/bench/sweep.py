@@ -1,18 +1,19 @@
 """All cases of a benchmark in turn, the peer's between ours, so that whatever else the machine does meets both."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 
 from cavelight.bench.cases import Case, Measured, cache_bytes, measure
-from cavelight.bench.probes import Probes, probe
+from cavelight.bench.probes import Probes, probe, read_bandwidth
 from cavelight.model.transformer import Transformer
 from cavelight.run.quick import without_native
 from cavelight.spec.config import ModelConfig
 from cavelight.spec.events import Event, Phase
 
+READING = 0.3  # seconds of the probe beside every case
 VERIFIED = 5  # tokens of a verification that is compared with one
 MEMORY = 1 << 32  # bytes that the cache of a case may take
 
@@ -118,6 +119,7 @@ def sweep(
     for number, case in enumerate(wanted):
         on_event(Phase("measuring", number, len(wanted), "cases"))
         theirs = peer.measure(case) if peer and peer.takes(case) else None
-        rows.append(Row(measure(model, case), theirs, probes))
+        read = read_bandwidth(seconds=READING)  # neighbours come and go
+        rows.append(Row(measure(model, case), theirs, replace(probes, read=read)))
     on_event(Phase("measuring", len(wanted), len(wanted), "cases"))
     return rows

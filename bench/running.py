@@ -1,0 +1,203 @@
+"""How near running `mid` comes to what this machine can read and multiply, in bfloat16, int8 and int4.
+
+python -m bench.running writes docs/results/running.md and running.png. The model has random weights; probes are taken
+beside every case. transformers, on the same bfloat16 checkpoint, takes turns with ours.
+"""
+
+import argparse
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+from bench.provenance import commit, leave_with, machine
+from cavelight.bench.cases import Case
+from cavelight.bench.peer import Transformers
+from cavelight.bench.picture import Panel, draw_panels
+from cavelight.bench.sweep import Row, cases, sweep
+from cavelight.cli.bench import random_model
+from cavelight.cli.progress import screen
+from cavelight.disk import file_beside
+from cavelight.model.transformer import Transformer
+from cavelight.run.engine import Engine
+from cavelight.run.quick import without_native
+from cavelight.run.request import Request
+from cavelight.spec.events import Event
+from cavelight.spec.presets import preset
+from cavelight.weights.snapshot import read_checkpoint, write_checkpoint
+
+PROMPTS, DEPTHS, BATCHES, TOP = (512, 4096), (0, 128, 4096, 16384), (2, 4, 8, 16, 32), (1, 2, 4, 6, 8, 12)
+KINDS = ("bfloat16", "int8", "int4")
+# What was asked for: the least share of the bandwidth, of the peak for prompts, by kind and case.
+ASKED = {
+    ("bfloat16", "decoding at 128"): 0.80,
+    ("int8", "decoding at 128"): 0.75,
+    ("int4", "decoding at 128"): 0.55,
+    ("bfloat16", "decoding at 4,096"): 0.70,
+    ("int8", "decoding at 4,096"): 0.60,
+    ("bfloat16", "decoding at 16,384"): 0.60,
+    ("bfloat16", "prompt 512"): 0.45,
+    ("bfloat16", "prompt 4,096"): 0.40,
+    ("bfloat16", "decoding at 0, 16 at once"): 0.70,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="mid, beside what the machine can do.")
+    parser.add_argument("--without-peer", action="store_true", help="leave transformers out")
+    parser.add_argument("--memory", type=Path, help=argparse.SUPPRESS)  # the child that measures a prompt's memory
+    parser.add_argument("--out", type=Path, default=Path("docs/results"), help="where page and figure go")
+    options = parser.parse_args(arguments)
+    if options.memory:
+        print(memory_of_a_prompt(options.memory))
+        return 0
+    with TemporaryDirectory() as scratch, screen("Measuring mid", as_json=False) as listen:
+        folders = checkpoints(Path(scratch))
+        rows = {kind: measured(folders[kind], kind, not options.without_peer, listen) for kind in KINDS}
+        model = read_checkpoint(folders["bfloat16"])
+        experts = by_experts(model)
+        child = [sys.executable, "-m", "bench.running", "--memory", str(folders["bfloat16"])]
+        memory = int(subprocess.run(child, check=True, capture_output=True, text=True).stdout)
+    draw(rows["bfloat16"], experts, options.out / "running.png")
+    called = list(sys.argv[1:] if arguments is None else arguments)
+    with file_beside(options.out / "running.md") as page:
+        page.write_text(report(rows, experts, memory, called), encoding="utf-8")
+    print(f"wrote {options.out / 'running.md'}")
+    return 0
+
+
+def checkpoints(scratch: Path) -> dict[str, Path]:
+    """The same weights, stored in each way."""
+    folders = {kind: scratch / kind for kind in KINDS}
+    write_checkpoint(random_model(preset("mid"), torch.bfloat16), folders["bfloat16"])
+    for kind in KINDS[1:]:
+        command = [sys.executable, "-m", "cavelight", "convert", folders["bfloat16"], folders[kind], "--to", kind]
+        subprocess.run(list(map(str, command)), check=True, capture_output=True)
+    return folders
+
+
+def measured(folder: Path, kind: str, against: bool, listen: Callable[[Event], None]) -> list[Row]:
+    model = read_checkpoint(folder)
+    chosen, _ = cases(model.config, model.lm_head.weight.dtype, PROMPTS, DEPTHS, BATCHES)
+    peer = Transformers(folder, model.config, torch.bfloat16) if against and kind == "bfloat16" else None
+    return sweep(model, chosen, peer, listen)
+
+
+def by_experts(model: Transformer) -> list[tuple[int, Row]]:
+    """Decoding with other numbers of experts a token, on the same weights."""
+    found = []
+    for top in TOP:
+        config = model.config.replace(num_experts_per_tok=top)
+        other = Transformer(config, torch.bfloat16, device=torch.device("meta"))
+        other.load_state_dict(model.state_dict(), assign=True)
+        found.append((top, sweep(other, [Case("decoding", 0)])[0]))
+    return found
+
+
+def memory_of_a_prompt(folder: Path) -> int:
+    """Bytes by which the process grows at its highest while a prompt of 4,096 goes through the engine."""
+    model = read_checkpoint(folder)
+    without_native()
+    engine = Engine(model, memory=80 << 20, budget=512)
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the high-water mark begins anew
+    engine.submit(Request(torch.arange(4096).tolist(), 1))
+    engine.run()
+    return resident("VmHWM") - before
+
+
+def resident(what: str) -> int:
+    found = re.search(rf"{what}:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"))
+    assert found
+    return int(found[1]) << 10
+
+
+def draw(rows: Sequence[Row], experts: Sequence[tuple[int, Row]], path: Path) -> None:
+    steps = [row for row in rows if row.ours.case.kind == "decoding"]
+    depths = [(row.ours.case.depth, row) for row in steps if row.ours.case.batch == 1]
+    company = [(row.ours.case.batch, row) for row in steps if row.ours.case.depth == 0]
+    panels = [
+        Panel("A token by depth", "positions in the cache", depths),
+        Panel("A token by company", "sequences at once", company),
+        Panel("A token by experts", "routed experts a token", experts),
+    ]
+    facts = [machine(torch.bfloat16), f"reads {rows[0].probes.read / 1e9:.1f} GB/s"]
+    draw_panels(panels, path, "What a token of mid costs in bfloat16", facts)
+
+
+def report(rows: dict[str, list[Row]], experts: Sequence[tuple[int, Row]], memory: int, called: Sequence[str]) -> str:
+    names = [row.ours.case.name for row in rows["bfloat16"]]
+    by_name = {kind: {row.ours.case.name: row for row in some} for kind, some in rows.items()}
+    lines = []
+    for name in names:
+        cells = [cell(kind, by_name[kind][name]) for kind in KINDS]
+        theirs = by_name["bfloat16"][name].theirs
+        peer = f"{theirs.tokens_per_second:,.1f}" if theirs else "–"
+        lines.append(f"| {name} | " + " | ".join(cells) + f" | {peer} |")
+    one, five = by_name["bfloat16"]["decoding at 16,384"], by_name["bfloat16"]["verifying 5 at 16,384"]
+    times, more = five.ours.typical / one.ours.typical, five.ours.read / one.ours.read
+    probes = rows["bfloat16"][0].probes
+    met = [row for kind, some in by_name.items() for name, row in some.items() if reached(kind, row) is True]
+    missed = [
+        f"{kind}, {name}: {share(row):.0%} of {ASKED[kind, name]:.0%}"
+        for kind, some in by_name.items()
+        for name, row in some.items()
+        if reached(kind, row) is False
+    ]
+    many = "\n".join(
+        f"| {top} | {1e3 * row.ours.typical:.1f} | {1e3 * row.ours.read / row.probes.read:.1f} |"
+        for top, row in experts
+    )
+    return f"""# Running `mid` at the machine's limit
+
+Hidden size 1024, 12 layers, 64 experts of which 6 a token, random weights. Shares: of decoding and verifying, the bytes
+that a step has to read (weights of all layers and experts met, rows of the cache, each once) over what could have been
+read in its time; of prompts, the operations of `spec/cost.py` over what could have been multiplied. Both probes are
+taken in the same run, the first beside every case: reading 1 GB by all threads ({probes.read / 1e9:.1f} GB/s at the
+start), and the fastest square product of any kind of numbers ({probes.peak / 1e12:.2f} Tflop/s, float32 here). Packed
+matrices are those of `cavelight convert`: embedding, head, router and both latent up-projections stay in bfloat16.
+Layers: {"natively" if not without_native() else without_native()}.
+
+| | bfloat16, tokens/s (share) | int8 | int4 | transformers, bfloat16 |
+|---|--:|--:|--:|--:|
+{chr(10).join(lines)}
+
+- Asked for and reached: {len(met)} of {len(ASKED)} shares.{also}
+- Verifying 5 tokens at a depth of 16,384 takes {times:.2f} times one token (asked: at most 1.5). With random weights
+  five tokens meet other experts: they have to read {more:.2f} times as much, so that no program can do it in less.
+- A prompt of 4,096 tokens takes {memory / 1e6:,.0f} MB beside the weights and its cache (asked: under 500).
+
+![by depth, company and experts](running.png)
+
+| experts a token | ms a token | reading alone |
+|--:|--:|--:|
+{many}
+
+Command: `{shlex.join(["python", "-m", "bench.running", *called])}`{"  "}
+Commit: {commit()}{"  "}
+Machine: {machine(torch.bfloat16)}
+"""
+
+
+def cell(kind: str, row: Row) -> str:
+    mark = {True: "", False: " ✗", None: ""}[reached(kind, row)]
+    return f"{row.ours.tokens_per_second:,.1f} ({share(row):.0%}{mark})"
+
+
+def share(row: Row) -> float:
+    return row.peak_share if row.ours.case.kind == "prompt" else row.bandwidth_share
+
+
+def reached(kind: str, row: Row) -> bool | None:
+    """Whether what was asked for was reached; None if nothing was."""
+    asked = ASKED.get((kind, row.ours.case.name))
+    return None if asked is None else round(share(row), 2) >= asked
+
+
+if __name__ == "__main__":
+    leave_with(main)
