@@ -149,10 +149,9 @@ def report(rows: dict[str, list[Row]], experts: Sequence[tuple[int, Row]], memor
         for name, row in some.items()
         if reached(kind, row) is False
     ]
-    many = "\n".join(
-        f"| {top} | {1e3 * row.ours.typical:.1f} | {1e3 * row.ours.read / row.probes.read:.1f} |"
-        for top, row in experts
-    )
+    reading = [(top, 1e3 * row.ours.typical, 1e3 * row.ours.read / row.probes.read) for top, row in experts]
+    many = "\n".join(f"| {top} | {taken:.1f} | {least:.1f} |" for top, taken, least in reading)
+    also = f" Not reached: {'; '.join(missed)}." if missed else ""
     return f"""# Running `mid` at the machine's limit
 
 Hidden size 1024, 12 layers, 64 experts of which 6 a token, random weights. Shares: of decoding and verifying, the bytes
