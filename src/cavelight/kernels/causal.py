@@ -10,7 +10,7 @@ nothing computed for the columns that values are padded by: a quarter to a third
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import accumulate
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 QUERIES, KEYS = 128, 512  # of a block: KEYS a multiple of QUERIES
+TOKENS_AT_ONCE = 512  # of sequences that go through together: a share of a batch's keys and values stands at a time
 SCORES_AT_ONCE = 1 << 17  # of a block over its heads: they stay in a core's cache
 LEAST = -50.0  # e to this is nothing beside 1, and its products are still no denormal numbers, which are slow
 
@@ -44,44 +45,44 @@ def causal(
 class _Causal(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        q_nope_THN, q_rope_THR, *keys_and_values, lengths, scale = inputs
-        (T, H, N), U = q_nope_THN.shape, keys_and_values[3].shape[1]
+        q_nope_THN, q_rope_THR, c_TC, k_rope_TR, k_up_HNC, v_up_HUC, lengths, scale = inputs
+        (T, H, N), U = q_nope_THN.shape, v_up_HUC.shape[1]
         X = N + q_rope_THR.shape[2]
         W = max(X, U)  # the flash kernel is only taken for equal widths; zeros change neither scores nor values
         q_HTW = _heads_first((q_nope_THN, q_rope_THR), W).mul_(scale)
-        k_HTW, v_HTW = _raise(*keys_and_values, W, W)
         o_THU, logsumexp_HT1 = q_HTW.new_empty(T, H, U), q_HTW.new_empty(H, T, 1)
-        for sequences, B in _sequences(lengths):
-            q, k, v = (t[:, sequences].unflatten(1, (B, -1)).transpose(0, 1) for t in (q_HTW, k_HTW, v_HTW))
+        for some, B in _sequences(lengths):
+            raised = _raise(c_TC[some], k_rope_TR[some], k_up_HNC, v_up_HUC, W, W)
+            q, k, v = (t.unflatten(1, (B, -1)).transpose(0, 1) for t in (q_HTW[:, some], *raised))
             o_BHtW, logsumexp_BHt = _flash(q, k, v, is_causal=True, scale=1.0)
-            o_THU[sequences].unflatten(0, (B, -1)).copy_(o_BHtW[..., :U].transpose(1, 2))
-            logsumexp_HT1[:, sequences, 0].unflatten(1, (B, -1)).copy_(logsumexp_BHt.transpose(0, 1))
-        ctx.save_for_backward(q_HTW, *keys_and_values, o_THU, logsumexp_HT1)
+            o_THU[some].unflatten(0, (B, -1)).copy_(o_BHtW[..., :U].transpose(1, 2))
+            logsumexp_HT1[:, some, 0].unflatten(1, (B, -1)).copy_(logsumexp_BHt.transpose(0, 1))
+        ctx.save_for_backward(q_HTW, c_TC, k_rope_TR, k_up_HNC, v_up_HUC, o_THU, logsumexp_HT1)
         ctx.lengths, ctx.scale = lengths, scale
         return o_THU
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q_HTW, c_TC, k_rope_TR, k_up_HNC, v_up_HUC, o_THU, logsumexp_HT1 = ctx.saved_tensors
-        (do_THU,), N, U = grads, k_up_HNC.shape[1], v_up_HUC.shape[1]
+        (do_THU,), (H, N, _), U = grads, k_up_HNC.shape, v_up_HUC.shape[1]
         X = N + k_rope_TR.shape[1]
-        q_HTX, do_HTU = q_HTW[..., :X], _heads_first((do_THU,), U)
-        k_HTX, v_HTU = _raise(c_TC, k_rope_TR, k_up_HNC, v_up_HUC, X, U)
-        delta_HT1 = torch.linalg.vecdot(do_THU, o_THU).mT[..., None].contiguous()
-        dq_HTX, dk_HTX, dv_HTU = torch.zeros_like(q_HTX), torch.zeros_like(k_HTX), torch.zeros_like(v_HTU)
-        for sequences, B in _sequences(ctx.lengths):
-            _backward(
-                *(
-                    t[:, sequences].unflatten(1, (B, -1)).flatten(0, 1)
-                    for t in (q_HTX, k_HTX, v_HTU, do_HTU, logsumexp_HT1, delta_HT1, dq_HTX, dk_HTX, dv_HTU)
-                )
-            )
-        del q_HTX, k_HTX, v_HTU, do_HTU
-        dq_THX, dk_rope_TR = dq_HTX.mul_(ctx.scale).transpose(0, 1), dk_HTX[..., N:].sum(dim=0)
-        dk_TY, dv_TY = (d_HTX.transpose(0, 1).flatten(1) for d_HTX in (dk_HTX[..., :N], dv_HTU))
-        dc_TC = (dk_TY @ k_up_HNC.flatten(0, 1)).addmm_(dv_TY, v_up_HUC.flatten(0, 1))
-        wanted = zip(ctx.needs_input_grad[4:6], (dk_TY, dv_TY), (k_up_HNC, v_up_HUC), strict=True)
-        dk_up_HNC, dv_up_HUC = ((d_TY.mT @ c_TC).view_as(up) if want else None for want, d_TY, up in wanted)
+        dq_THX, dc_TC, dk_rope_TR = (torch.empty_like(t) for t in (q_HTW[..., :X].transpose(0, 1), c_TC, k_rope_TR))
+        dk_up_YC, dv_up_YC = (torch.zeros_like(up.flatten(0, 1)) for up in (k_up_HNC, v_up_HUC))
+        for some, B in _sequences(ctx.lengths):
+            k_HTX, v_HTU = _raise(c_TC[some], k_rope_TR[some], k_up_HNC, v_up_HUC, X, U)
+            delta_HT1 = torch.linalg.vecdot(do_THU[some], o_THU[some]).mT[..., None].contiguous()
+            given = (q_HTW[:, some, :X], k_HTX, v_HTU, _heads_first((do_THU[some],), U), logsumexp_HT1[:, some], delta_HT1)
+            made = tuple(t.new_zeros(t.shape) for t in given[:3])
+            _backward(*(t.unflatten(1, (B, -1)).flatten(0, 1) for t in (*given, *made)))
+            dq_HTX, dk_HTX, dv_HTU = made
+            dq_THX[some] = dq_HTX.mul_(ctx.scale).transpose(0, 1)
+            torch.sum(dk_HTX[..., N:], dim=0, out=dk_rope_TR[some])
+            dk_TY, dv_TY = (d_HTX.transpose(0, 1).flatten(1) for d_HTX in (dk_HTX[..., :N], dv_HTU))
+            torch.mm(dk_TY, k_up_HNC.flatten(0, 1), out=dc_TC[some]).addmm_(dv_TY, v_up_HUC.flatten(0, 1))
+            if ctx.needs_input_grad[4]:  # else they are constants
+                dk_up_YC.addmm_(dk_TY.mT, c_TC[some])
+                dv_up_YC.addmm_(dv_TY.mT, c_TC[some])
+        dk_up_HNC, dv_up_HUC = dk_up_YC.view_as(k_up_HNC), dv_up_YC.view_as(v_up_HUC)
         return dq_THX[..., :N], dq_THX[..., N:], dc_TC, dk_rope_TR, dk_up_HNC, dv_up_HUC, None, None
 
 
@@ -132,12 +133,14 @@ def _blocks(M: int, T: int) -> Iterator[tuple[slice, slice, slice]]:
 
 
 def _sequences(lengths: Sequence[int]) -> Iterator[tuple[slice, int]]:
-    """Their tokens, and how many sequences they are: all at once if of one length, else each alone."""
-    if len(set(lengths)) == 1:
-        yield slice(0, sum(lengths)), len(lengths)
-        return
-    for end, length in zip(accumulate(lengths), lengths, strict=True):
-        yield slice(end - length, end), 1
+    """Their tokens, and how many sequences they are: as many of one length as have TOKENS_AT_ONCE together."""
+    start = 0
+    for length, same in groupby(lengths):
+        left = len(list(same))
+        while left:
+            count = min(left, max(TOKENS_AT_ONCE // max(length, 1), 1))
+            yield slice(start, start + count * length), count
+            start, left = start + count * length, left - count
 
 
 def _heads_first(parts_THX: Sequence[Tensor], width: int) -> Tensor:
