@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 QUERIES, KEYS = 128, 512  # of a block: KEYS a multiple of QUERIES
-TOKENS_AT_ONCE = 512  # of sequences that go through together: a share of a batch's keys and values stands at a time
+TOKENS_AT_ONCE = 2048  # of sequences that go through together: a share of a batch's keys and values stands at a time
 SCORES_AT_ONCE = 1 << 17  # of a block over its heads: they stay in a core's cache
 LEAST = -50.0  # e to this is nothing beside 1, and its products are still no denormal numbers, which are slow
 

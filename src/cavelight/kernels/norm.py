@@ -32,9 +32,9 @@ def plain(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
 @contextmanager
 def outputs_remade() -> Iterator[None]:
-    """What is computed within keeps no output of `rms` for its way back: each use makes it anew from the input.
+    """What is computed within keeps no output of `rms` for its way back: its last use, the first on that way, makes it anew.
 
-    That input is kept in any case, and two passes over it are nothing beside the products that want the output.
+    The input is kept in any case, and two passes over it are nothing beside the products that want the output.
     """
     with torch.autograd.graph.saved_tensors_hooks(_pack, _unpack):
         yield
@@ -53,8 +53,10 @@ def _pack(tensor: Tensor) -> Any:
 def _unpack(kept: Any) -> Tensor:
     if type(kept) is not _Node:
         return kept
-    x_TD, weight_D, rstd_T1 = kept.saved_tensors
-    return _scaled(x_TD, rstd_T1, weight_D)
+    if kept.output is None:
+        x_TD, weight_D, rstd_T1 = kept.saved_tensors
+        kept.output = _scaled(x_TD, rstd_T1, weight_D)
+    return kept.output
 
 
 def _scaled(x_TD: Tensor, rstd_T1: Tensor, weight_D: Tensor) -> Tensor:
@@ -68,11 +70,13 @@ class _RMS(torch.autograd.Function):
         norm_T1 = torch.linalg.vector_norm(x_TD, dim=-1, keepdim=True)
         rstd_T1 = norm_T1.square_().div_(x_TD.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x_TD, weight_D, rstd_T1)
+        ctx.output = None  # what `_unpack` has made, until nobody wants it any more
         return _scaled(x_TD, rstd_T1, weight_D)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x_TD, weight_D, rstd_T1 = ctx.saved_tensors
+        ctx.output = None
         dy_x_TD = (grads[0] * x_TD).flatten(0, -2)
         dweight_D = torch.mv(dy_x_TD.mT, rstd_T1.flatten())
         # dx = rstd (w dy - x rstd^2 mean(x w dy))

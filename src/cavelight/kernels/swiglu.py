@@ -16,7 +16,7 @@ AT_ONCE = 1 << 19  # numbers of the hidden layer: what is computed from them sta
 def swiglu(x_TD: Tensor, gate_FD: Tensor, up_FD: Tensor, down_DF: Tensor) -> Tensor:
     """down(silu(gate x) * up x) for float32 that is trained: [T, D].
 
-    Kept is the input alone: the hidden layer is made anew, and never stands for all tokens.
+    Kept are the products with gate and up alone; all else of the hidden layer never stands for all tokens.
     """
     y_TD: Tensor = _apply(x_TD, gate_FD, up_FD, down_DF)
     return y_TD
@@ -30,20 +30,22 @@ def plain(x_TD: Tensor, gate_FD: Tensor, up_FD: Tensor, down_DF: Tensor) -> Tens
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, gate_FD: Tensor, up_FD: Tensor, down_DF: Tensor) -> Tensor:
-        ctx.save_for_backward(x_TD, gate_FD, up_FD, down_DF)
         y_TD = torch.empty_like(x_TD)
-        for x_tD, y_tD in _some(gate_FD.shape[0], x_TD, y_TD):
-            torch.mm(F.silu(x_tD @ gate_FD.mT).mul_(x_tD @ up_FD.mT), down_DF.mT, out=y_tD)
+        gate_TF, up_TF = (x_TD.new_empty(x_TD.shape[0], gate_FD.shape[0]) for _ in range(2))
+        for x_tD, gate_tF, up_tF, y_tD in _some(gate_FD.shape[0], x_TD, gate_TF, up_TF, y_TD):
+            torch.mm(x_tD, gate_FD.mT, out=gate_tF)
+            torch.mm(x_tD, up_FD.mT, out=up_tF)
+            torch.mm(F.silu(gate_tF).mul_(up_tF), down_DF.mT, out=y_tD)
+        ctx.save_for_backward(x_TD, gate_TF, up_TF, gate_FD, up_FD, down_DF)
         return y_TD
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-        x_TD, gate_FD, up_FD, down_DF = ctx.saved_tensors
+        x_TD, gate_TF, up_TF, gate_FD, up_FD, down_DF = ctx.saved_tensors
         dx_TD = torch.empty_like(x_TD)
         dgate_FD, dup_FD, ddown_DF = (torch.zeros_like(matrix) for matrix in (gate_FD, up_FD, down_DF))
-        for dy_tD, x_tD, dx_tD in _some(gate_FD.shape[0], grads[0], x_TD, dx_TD):
-            gate_tF, up_tF, da_tF = x_tD @ gate_FD.mT, x_tD @ up_FD.mT, dy_tD @ down_DF
-            silu_tF = F.silu(gate_tF)
+        for dy_tD, x_tD, gate_tF, up_tF, dx_tD in _some(gate_FD.shape[0], grads[0], x_TD, gate_TF, up_TF, dx_TD):
+            silu_tF, da_tF = F.silu(gate_tF), dy_tD @ down_DF
             ddown_DF.addmm_(dy_tD.mT, silu_tF * up_tF)
             dup_tF = silu_tF.mul_(da_tF)
             dgate_tF = torch.ops.aten.silu_backward(da_tF.mul_(up_tF), gate_tF)

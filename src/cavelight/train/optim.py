@@ -62,7 +62,7 @@ class Optimizer:
         self.table, self.weight_decay = table, recipe.weight_decay
         self.factors = [1.0, recipe.embedding_rate, recipe.head_rate, 1.0]
         self.decays = [0.0, *(recipe.weight_decay / factor for factor in self.factors[1:])]
-        self.adamw = AdamW(groups.values(), (recipe.beta1, recipe.beta2))
+        self.adamw = AdamW(groups.values(), (recipe.beta1, recipe.beta2), pick_dtype(recipe.moments))
         self.muon = Muon(matrices, pick_dtype("auto"))
 
     @torch.no_grad()
