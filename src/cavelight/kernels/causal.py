@@ -1,8 +1,8 @@
 """Causal attention of whole sequences on a CPU in float32: torch's flash kernel, and a faster way back.
 
-Letters: T tokens of all sequences end to end, H heads, N width without position, R rotary width, U value width, C latent
-width, X = N + R, W the larger of X and U, Y the N or U of all heads; M heads (or heads times sequences), t queries and
-s keys of one block.
+Letters: T tokens of all sequences end to end, H heads, N width without position, R rotary width, U value width, C
+latent width, X = N + R, W the larger of X and U, Y the N or U of all heads; M heads (or heads times sequences),
+t queries and s keys of one block.
 
 The way back makes the probabilities anew a block at a time from the logsumexp that the forward pass left behind
 (FlashAttention: arXiv 2205.14135, algorithm 4), as torch's does, but as products of whole stacks of matrices, with
@@ -64,14 +64,21 @@ class _Causal(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q_HTW, c_TC, k_rope_TR, k_up_HNC, v_up_HUC, o_THU, logsumexp_HT1 = ctx.saved_tensors
-        (do_THU,), (H, N, _), U = grads, k_up_HNC.shape, v_up_HUC.shape[1]
+        (do_THU,), N, U = grads, k_up_HNC.shape[1], v_up_HUC.shape[1]
         X = N + k_rope_TR.shape[1]
         dq_THX, dc_TC, dk_rope_TR = (torch.empty_like(t) for t in (q_HTW[..., :X].transpose(0, 1), c_TC, k_rope_TR))
         dk_up_YC, dv_up_YC = (torch.zeros_like(up.flatten(0, 1)) for up in (k_up_HNC, v_up_HUC))
         for some, B in _sequences(ctx.lengths):
             k_HTX, v_HTU = _raise(c_TC[some], k_rope_TR[some], k_up_HNC, v_up_HUC, X, U)
             delta_HT1 = torch.linalg.vecdot(do_THU[some], o_THU[some]).mT[..., None].contiguous()
-            given = (q_HTW[:, some, :X], k_HTX, v_HTU, _heads_first((do_THU[some],), U), logsumexp_HT1[:, some], delta_HT1)
+            given = (
+                q_HTW[:, some, :X],
+                k_HTX,
+                v_HTU,
+                _heads_first((do_THU[some],), U),
+                logsumexp_HT1[:, some],
+                delta_HT1,
+            )
             made = tuple(t.new_zeros(t.shape) for t in given[:3])
             _backward(*(t.unflatten(1, (B, -1)).flatten(0, 1) for t in (*given, *made)))
             dq_HTX, dk_HTX, dv_HTU = made

@@ -104,7 +104,7 @@ class _Grouped(torch.autograd.Function):
 
 
 def _by_row(weights_TK: Tensor, slots_TK: Tensor, tokens_R: Tensor) -> Tensor:
-    """Each row's weight in its token's sum, [R, 1]. A padding row's is zero, which keeps it out of sum and gradients."""
+    """Each row's weight in its token's sum, [R, 1]. A padding row's is zero: it is in no sum and no gradient."""
     weights_R1 = weights_TK.new_zeros(tokens_R.shape[0], 1)
     weights_R1[slots_TK.flatten(), 0] = weights_TK.flatten()
     return weights_R1

@@ -32,7 +32,7 @@ def plain(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
 @contextmanager
 def outputs_remade() -> Iterator[None]:
-    """What is computed within keeps no output of `rms` for its way back: its last use, the first on that way, makes it anew.
+    """What is computed within keeps no output of `rms` for its way back: the last use, which is the first there, remakes it.
 
     The input is kept in any case, and two passes over it are nothing beside the products that want the output.
     """
@@ -51,12 +51,11 @@ def _pack(tensor: Tensor) -> Any:
 
 
 def _unpack(kept: Any) -> Tensor:
-    if type(kept) is not _Node:
-        return kept
-    if kept.output is None:
+    if type(kept) is _Node and kept.output is None:
         x_TD, weight_D, rstd_T1 = kept.saved_tensors
         kept.output = _scaled(x_TD, rstd_T1, weight_D)
-    return kept.output
+    tensor: Tensor = kept.output if type(kept) is _Node else kept
+    return tensor
 
 
 def _scaled(x_TD: Tensor, rstd_T1: Tensor, weight_D: Tensor) -> Tensor:
