@@ -32,7 +32,7 @@ def plain(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
 @contextmanager
 def outputs_remade() -> Iterator[None]:
-    """What is computed within keeps no output of `rms` for its way back: the last use, which is the first there, remakes it.
+    """What is computed within keeps no output of `rms` for its way back, which remakes it at the first need.
 
     The input is kept in any case, and two passes over it are nothing beside the products that want the output.
     """
