@@ -262,6 +262,16 @@ def test_mistakes(arguments: list[str], says: str) -> None:
     assert shown.exit_code == 2 and says in " ".join(shown.output.split())
 
 
+def test_why_a_peer_failed_is_told() -> None:
+    from bench.training import Measured, _rate, first_line_of_error
+
+    told = "Traceback (most recent call last):\n  File x\ntorch.OutOfMemoryError: too much | of it\nmore of it\n"
+    failed = first_line_of_error("ValueError: before\n" + told)
+    assert failed == "torch.OutOfMemoryError: too much | of it" and first_line_of_error("Killed\n") == ""
+    assert _rate((4, 512), Measured((), failed=failed)) == "failed: torch.OutOfMemoryError: too much   of it"
+    assert (_rate((4, 512), None), _rate((4, 512), Measured((2.0,)))) == ("not tried", "1,024")
+
+
 def test_shares_are_parts_of_the_probes() -> None:
     row = Row(Measured(Case("decoding", 0), (0.5, 0.5, 9.0), 1e9, 2e9), None, Probes(4e9, 8e9, 1e9))
     assert row.bandwidth_share == 0.5 and row.peak_share == 0.5 and row.ratio is None

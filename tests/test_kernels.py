@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cavelight.kernels import attend, causal, cross_entropy, experts
+from cavelight.kernels import attend, causal, cross_entropy, experts, norm, swiglu
 from cavelight.model.ports import PackedAttend
 
 
@@ -162,6 +162,37 @@ def test_cross_entropy_of_a_head_and_its_gradients_equal_the_plain_ones(
     for got, expected in zip(*results, strict=True):
         tolerance = 1e-6 if dtype == torch.float32 else 1e-2
         torch.testing.assert_close(got, expected, rtol=0, atol=tolerance * float(expected.abs().max()))
+
+
+def test_a_gated_feed_forward_and_its_gradients_equal_the_plain_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(swiglu, "AT_ONCE", 4 * 5)  # four tokens at a time
+    generator = torch.Generator().manual_seed(0)
+    given = [torch.randn(shape, generator=generator) for shape in ((9, 6), (5, 6), (5, 6), (6, 5))]
+    results = []
+    for form in (swiglu.swiglu, swiglu.plain):
+        leaves = [t.clone().requires_grad_() for t in given]
+        y = form(*leaves)
+        weight = torch.arange(y.numel()).view_as(y).cos()
+        results.append((y.detach(), *torch.autograd.grad((y * weight).sum(), leaves)))
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, atol=2e-5, rtol=0)
+
+
+def test_outputs_of_norms_that_are_made_anew_are_the_same_to_the_bit() -> None:
+    """With two uses, one of them by a norm; what else is kept, views of the output among it, is left alone."""
+    generator = torch.Generator().manual_seed(0)
+    given = [torch.randn(shape, generator=generator) for shape in ((7, 6), (6,), (6,), (4, 6))]
+
+    def gradients() -> tuple[Tensor, ...]:
+        x, weight, other, matrix = (t.clone().requires_grad_() for t in given)
+        y = norm.rms(x, weight, 1e-6)
+        z = norm.rms(y, other, 1e-6) @ matrix.mT + y @ matrix.mT + (y[:, :2] * y[:, 2:4]).sum()
+        return torch.autograd.grad(z.square().sum(), (x, weight, other, matrix))
+
+    kept = gradients()
+    with norm.outputs_remade():
+        remade = gradients()
+    assert all(torch.equal(one, other) for one, other in zip(kept, remade, strict=True))
 
 
 def test_cross_entropy_without_labels_is_nothing() -> None:

@@ -109,6 +109,28 @@ def test_a_gradient_that_lies_otherwise_in_memory_counts_the_same(recipe: TrainS
         assert torch.equal(tensor, written[1][name]), name
 
 
+def test_bfloat16_moments_are_rounded_ones_and_are_kept() -> None:
+    """One step from rest equals that of float32 moments, since both are widened alike; then only rounding differs."""
+    narrow = RATES.model_copy(update={"moments": "bfloat16"})
+    (model, optimizer), (twin, wide) = fresh(narrow), fresh(RATES)
+    for each, its in ((model, optimizer), (twin, wide)):
+        one_step(its, some_gradients(each, 1))
+    for (name, weight), other in zip(model.named_parameters(), twin.parameters(), strict=True):
+        assert torch.equal(weight, other), name
+    for parameter, moments in optimizer.adamw.moments.items():
+        name = next(name for name, master in optimizer.masters.items() if master is parameter)
+        for kind in ("exp_avg", "exp_avg_sq"):
+            assert moments[kind].dtype == torch.bfloat16
+            assert torch.equal(moments[kind], wide.adamw.moments[wide.masters[name]][kind].bfloat16()), name
+    kept = deepcopy(optimizer.state())
+    again_model, again = fresh(narrow)
+    again.load_state(kept)
+    for each, its in ((model, optimizer), (again_model, again)):
+        one_step(its, some_gradients(each, 2))
+    for (name, weight), other in zip(model.named_parameters(), again_model.parameters(), strict=True):
+        assert torch.equal(weight, other), name
+
+
 # Muon
 
 

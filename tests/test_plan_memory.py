@@ -8,6 +8,8 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cavelight.data.batches import Batch
-from cavelight.kernels import attend, cross_entropy, experts
+from cavelight.kernels import attend, cross_entropy, experts, norm, swiglu
 from cavelight.model.transformer import Transformer
 from cavelight.plan import here, passes
 from cavelight.plan.activations import kept_bytes, layer_tensors, remade_bytes
@@ -163,13 +165,15 @@ def kept_by_autograd(config: ModelConfig, rows: int, row: int, dtype: torch.dtyp
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     storages = {}
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            storages[storage.data_ptr()] = storage
-        return tensor
+    pack = norm._pack
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    def keep(tensor: torch.Tensor) -> Any:
+        kept = pack(tensor)
+        if isinstance(kept, torch.Tensor) and kept.untyped_storage().data_ptr() not in own:
+            storages[kept.untyped_storage().data_ptr()] = kept.untyped_storage()
+        return kept
+
+    with patch.object(norm, "_pack", keep):
         losses(model, batch_of(config, rows, row))
     return sum(storage.nbytes() for storage in storages.values())
 
@@ -211,6 +215,7 @@ def test_numbers_of_other_files_are_theirs() -> None:
         passes.LOGITS_IN_TRAINING,
         passes.FEWEST_TOKENS,
     )
+    assert (swiglu.AT_ONCE, experts.ROWS_AT_ONCE) == (passes.HIDDEN_AT_ONCE, passes.ROWS_AT_ONCE)
     multiples = [experts._row_multiple(torch.empty(rows, 1, dtype=torch.bfloat16)) for rows in (63, 64)]
     assert multiples == [1, passes.PADDED_ROWS]
 
@@ -248,6 +253,8 @@ def test_our_decoding_grows_with_prompt_and_answer(prompt: int, new: int, more: 
 MEASURED = """
 import json, sys
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 from bench.peak import peak_bytes
 from cavelight.plan.here import training_here
 from cavelight.spec.recipe import Recipe

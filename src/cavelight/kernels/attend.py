@@ -51,9 +51,7 @@ def packed(
 ) -> Tensor:
     """Whole sequences of these lengths end to end, for training and evaluation: [T, H, U]."""
     if c_TC.dtype == torch.float32 and c_TC.device.type == "cpu":
-        k_nope_THN = F.linear(c_TC, k_up_HNC.flatten(0, 1)).view(q_nope_THN.shape)
-        v_THU = F.linear(c_TC, v_up_HUC.flatten(0, 1)).unflatten(1, v_up_HUC.shape[:2])
-        return causal(q_nope_THN, q_rope_THR, k_nope_THN, k_rope_TR, v_THU, lengths, scale)
+        return causal(q_nope_THN, q_rope_THR, c_TC, k_rope_TR, k_up_HNC, v_up_HUC, lengths, scale)
     flat = (q_nope_THN, q_rope_THR, torch.cat([c_TC, k_rope_TR], dim=-1))
     if len(set(lengths)) == 1:  # one call over all
         q, r, rows = (t.unflatten(0, (len(lengths), lengths[0])) for t in flat)

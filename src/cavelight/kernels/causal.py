@@ -1,7 +1,8 @@
 """Causal attention of whole sequences on a CPU in float32: torch's flash kernel, and a faster way back.
 
-Letters: T tokens of all sequences end to end, H heads, N width without position, R rotary width, U value width,
-X = N + R, W the larger of X and U; M heads (or heads times sequences), t queries and s keys of one block.
+Letters: T tokens of all sequences end to end, H heads, N width without position, R rotary width, U value width, C
+latent width, X = N + R, W the larger of X and U, Y the N or U of all heads; M heads (or heads times sequences),
+t queries and s keys of one block.
 
 The way back makes the probabilities anew a block at a time from the logsumexp that the forward pass left behind
 (FlashAttention: arXiv 2205.14135, algorithm 4), as torch's does, but as products of whole stacks of matrices, with
@@ -9,13 +10,15 @@ nothing computed for the columns that values are padded by: a quarter to a third
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import accumulate
+from itertools import groupby
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 QUERIES, KEYS = 128, 512  # of a block: KEYS a multiple of QUERIES
+TOKENS_AT_ONCE = 2048  # of sequences that go through together: a share of a batch's keys and values stands at a time
 SCORES_AT_ONCE = 1 << 17  # of a block over its heads: they stay in a core's cache
 LEAST = -50.0  # e to this is nothing beside 1, and its products are still no denormal numbers, which are slow
 
@@ -23,60 +26,81 @@ LEAST = -50.0  # e to this is nothing beside 1, and its products are still no de
 def causal(
     q_nope_THN: Tensor,
     q_rope_THR: Tensor,
-    k_nope_THN: Tensor,
+    c_TC: Tensor,
     k_rope_TR: Tensor,
-    v_THU: Tensor,
+    k_up_HNC: Tensor,
+    v_up_HUC: Tensor,
     lengths: Sequence[int],
     scale: float,
 ) -> Tensor:
     """softmax(scale q k^T) v, each token seeing itself and those before it in its sequence: [T, H, U].
 
-    `lengths` are those of the sequences. All heads share the rotary key.
+    `lengths` are those of the sequences. Keys and values are raised from the latent, in both passes: that is cheaper
+    than their room. All heads share the rotary key.
     """
-    o_THU: Tensor = _apply(q_nope_THN, q_rope_THR, k_nope_THN, k_rope_TR, v_THU, lengths, scale)
+    o_THU: Tensor = _apply(q_nope_THN, q_rope_THR, c_TC, k_rope_TR, k_up_HNC, v_up_HUC, lengths, scale)
     return o_THU
 
 
 class _Causal(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        q_nope_THN, q_rope_THR, k_nope_THN, k_rope_TR, v_THU, lengths, scale = inputs
-        o_THU: Tensor
-        T, H, U = v_THU.shape
-        k_rope_THR = k_rope_TR[:, None].expand(-1, H, -1)
-        X = q_nope_THN.shape[2] + q_rope_THR.shape[2]
+        q_nope_THN, q_rope_THR, c_TC, k_rope_TR, k_up_HNC, v_up_HUC, lengths, scale = inputs
+        (T, H, N), U = q_nope_THN.shape, v_up_HUC.shape[1]
+        X = N + q_rope_THR.shape[2]
         W = max(X, U)  # the flash kernel is only taken for equal widths; zeros change neither scores nor values
-        q_HTW, k_HTW, v_HTW = (
-            _heads_first(parts, W) for parts in ((q_nope_THN, q_rope_THR), (k_nope_THN, k_rope_THR), (v_THU,))
-        )
-        o_THU, logsumexp_HT1 = v_THU.new_empty(T, H, U), v_THU.new_empty(H, T, 1)
-        q_HTW *= scale
-        for sequences, B in _sequences(lengths):
-            q, k, v = (t[:, sequences].unflatten(1, (B, -1)).transpose(0, 1) for t in (q_HTW, k_HTW, v_HTW))
+        q_HTW = _heads_first((q_nope_THN, q_rope_THR), W).mul_(scale)
+        o_THU, logsumexp_HT1 = q_HTW.new_empty(T, H, U), q_HTW.new_empty(H, T, 1)
+        for some, B in _sequences(lengths):
+            raised = _raise(c_TC[some], k_rope_TR[some], k_up_HNC, v_up_HUC, W, W)
+            q, k, v = (t.unflatten(1, (B, -1)).transpose(0, 1) for t in (q_HTW[:, some], *raised))
             o_BHtW, logsumexp_BHt = _flash(q, k, v, is_causal=True, scale=1.0)
-            o_THU[sequences].unflatten(0, (B, -1)).copy_(o_BHtW[..., :U].transpose(1, 2))
-            logsumexp_HT1[:, sequences, 0].unflatten(1, (B, -1)).copy_(logsumexp_BHt.transpose(0, 1))
-        ctx.save_for_backward(q_HTW, k_HTW, v_THU, o_THU, logsumexp_HT1)
-        ctx.widths, ctx.lengths, ctx.scale = (q_nope_THN.shape[2], X), lengths, scale
+            o_THU[some].unflatten(0, (B, -1)).copy_(o_BHtW[..., :U].transpose(1, 2))
+            logsumexp_HT1[:, some, 0].unflatten(1, (B, -1)).copy_(logsumexp_BHt.transpose(0, 1))
+        ctx.save_for_backward(q_HTW, c_TC, k_rope_TR, k_up_HNC, v_up_HUC, o_THU, logsumexp_HT1)
+        ctx.lengths, ctx.scale = lengths, scale
         return o_THU
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q_HTW, k_HTW, v_THU, o_THU, logsumexp_HT1 = ctx.saved_tensors
-        (do_THU,), (N, X) = grads, ctx.widths
-        q_HTX, k_HTX, U = q_HTW[..., :X], k_HTW[..., :X], v_THU.shape[2]
-        v_HTU, do_HTU = _heads_first([v_THU], U), _heads_first([do_THU], U)
-        delta_HT1 = torch.linalg.vecdot(do_THU, o_THU).mT[..., None].contiguous()
-        dq_HTX, dk_HTX, dv_HTU = torch.zeros_like(q_HTX), torch.zeros_like(k_HTX), torch.zeros_like(v_HTU)
-        for sequences, B in _sequences(ctx.lengths):
-            _backward(
-                *(
-                    t[:, sequences].unflatten(1, (B, -1)).flatten(0, 1)
-                    for t in (q_HTX, k_HTX, v_HTU, do_HTU, logsumexp_HT1, delta_HT1, dq_HTX, dk_HTX, dv_HTU)
-                )
+        q_HTW, c_TC, k_rope_TR, k_up_HNC, v_up_HUC, o_THU, logsumexp_HT1 = ctx.saved_tensors
+        (do_THU,), N, U = grads, k_up_HNC.shape[1], v_up_HUC.shape[1]
+        X = N + k_rope_TR.shape[1]
+        dq_THX, dc_TC, dk_rope_TR = (torch.empty_like(t) for t in (q_HTW[..., :X].transpose(0, 1), c_TC, k_rope_TR))
+        dk_up_YC, dv_up_YC = (torch.zeros_like(up.flatten(0, 1)) for up in (k_up_HNC, v_up_HUC))
+        for some, B in _sequences(ctx.lengths):
+            k_HTX, v_HTU = _raise(c_TC[some], k_rope_TR[some], k_up_HNC, v_up_HUC, X, U)
+            delta_HT1 = torch.linalg.vecdot(do_THU[some], o_THU[some]).mT[..., None].contiguous()
+            given = (
+                q_HTW[:, some, :X],
+                k_HTX,
+                v_HTU,
+                _heads_first((do_THU[some],), U),
+                logsumexp_HT1[:, some],
+                delta_HT1,
             )
-        dq_THX, dk_THX, dv_THU = (t.transpose(0, 1) for t in (dq_HTX.mul_(ctx.scale), dk_HTX, dv_HTU))
-        return dq_THX[..., :N], dq_THX[..., N:], dk_THX[..., :N], dk_THX[..., N:].sum(dim=1), dv_THU, None, None
+            made = tuple(t.new_zeros(t.shape) for t in given[:3])
+            _backward(*(t.unflatten(1, (B, -1)).flatten(0, 1) for t in (*given, *made)))
+            dq_HTX, dk_HTX, dv_HTU = made
+            dq_THX[some] = dq_HTX.mul_(ctx.scale).transpose(0, 1)
+            torch.sum(dk_HTX[..., N:], dim=0, out=dk_rope_TR[some])
+            dk_TY, dv_TY = (d_HTX.transpose(0, 1).flatten(1) for d_HTX in (dk_HTX[..., :N], dv_HTU))
+            torch.mm(dk_TY, k_up_HNC.flatten(0, 1), out=dc_TC[some]).addmm_(dv_TY, v_up_HUC.flatten(0, 1))
+            if ctx.needs_input_grad[4]:  # else they are constants
+                dk_up_YC.addmm_(dk_TY.mT, c_TC[some])
+                dv_up_YC.addmm_(dv_TY.mT, c_TC[some])
+        dk_up_HNC, dv_up_HUC = dk_up_YC.view_as(k_up_HNC), dv_up_YC.view_as(v_up_HUC)
+        return dq_THX[..., :N], dq_THX[..., N:], dc_TC, dk_rope_TR, dk_up_HNC, dv_up_HUC, None, None
+
+
+def _raise(
+    c_TC: Tensor, k_rope_TR: Tensor, k_up_HNC: Tensor, v_up_HUC: Tensor, k_width: int, v_width: int
+) -> tuple[Tensor, Tensor]:
+    """Keys and values of all heads from the latent, [H, T, k_width] and [H, T, v_width]."""
+    H = k_up_HNC.shape[0]
+    k_nope_THN, v_THU = (F.linear(c_TC, up.flatten(0, 1)).unflatten(1, up.shape[:2]) for up in (k_up_HNC, v_up_HUC))
+    k_HTW = _heads_first((k_nope_THN, k_rope_TR[:, None].expand(-1, H, -1)), k_width)
+    return k_HTW, _heads_first((v_THU,), v_width)
 
 
 def _backward(
@@ -116,12 +140,14 @@ def _blocks(M: int, T: int) -> Iterator[tuple[slice, slice, slice]]:
 
 
 def _sequences(lengths: Sequence[int]) -> Iterator[tuple[slice, int]]:
-    """Their tokens, and how many sequences they are: all at once if of one length, else each alone."""
-    if len(set(lengths)) == 1:
-        yield slice(0, sum(lengths)), len(lengths)
-        return
-    for end, length in zip(accumulate(lengths), lengths, strict=True):
-        yield slice(end - length, end), 1
+    """Their tokens, and how many sequences they are: as many of one length as have TOKENS_AT_ONCE together."""
+    start = 0
+    for length, same in groupby(lengths):
+        left = len(list(same))
+        while left:
+            count = min(left, max(TOKENS_AT_ONCE // max(length, 1), 1))
+            yield slice(start, start + count * length), count
+            start, left = start + count * length, left - count
 
 
 def _heads_first(parts_THX: Sequence[Tensor], width: int) -> Tensor:

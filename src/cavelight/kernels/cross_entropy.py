@@ -39,9 +39,11 @@ class _Linear(torch.autograd.Function):
         # Sums over many chunks stay in float32, whatever the weight is stored in.
         dweight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
         nll = hidden_TD.new_zeros((), dtype=torch.float32)
+        logits_TV = hidden_TD.new_empty(min(at_once, hidden_TD.shape[0]), weight_VD.shape[0])
         parts = (hidden_TD.split(at_once), labels_T.split(at_once), dhidden_TD.split(at_once))
         for hidden_tD, labels_t, dhidden_tD in zip(*parts, strict=True):
-            nll_t, error_tV = _error(F.linear(hidden_tD, weight_VD).float(), labels_t, ignore)
+            torch.mm(hidden_tD, weight_VD.mT, out=logits_TV[: hidden_tD.shape[0]])
+            nll_t, error_tV = _error(logits_TV[: hidden_tD.shape[0]].float(), labels_t, ignore)
             nll += nll_t.sum()
             if wanted:
                 error_tV = error_tV.to(weight_VD.dtype)
@@ -58,11 +60,14 @@ class _Linear(torch.autograd.Function):
 
 
 def _error(logits_tV: Tensor, labels_t: Tensor, ignore: int) -> tuple[Tensor, Tensor]:
-    """Each token's -log p and its gradient by the logits: the softmax, minus one at the label; zero where ignored."""
+    """Each token's -log p, and what its logits become: their gradient, which is the softmax, minus one at the label.
+
+    Zero where a label is ignored.
+    """
     kept_t1, index_t1 = (labels_t != ignore)[:, None], labels_t.clamp(min=0)[:, None]
-    p_tV = logits_tV.softmax(dim=-1)
-    logsumexp_t1 = logits_tV.amax(dim=-1, keepdim=True) - p_tV.amax(dim=-1, keepdim=True).log()
-    nll_t1 = (logsumexp_t1 - logits_tV.gather(1, index_t1)) * kept_t1
+    most_t1, own_t1 = logits_tV.amax(dim=-1, keepdim=True), logits_tV.gather(1, index_t1)
+    p_tV = torch.softmax(logits_tV, dim=-1, out=logits_tV)
+    nll_t1 = (most_t1 - p_tV.amax(dim=-1, keepdim=True).log() - own_t1) * kept_t1
     error_tV = p_tV.scatter_add_(1, index_t1, p_tV.new_full(index_t1.shape, -1.0))
     return nll_t1[:, 0], error_tV if kept_t1.all() else error_tV.mul_(kept_t1)
 

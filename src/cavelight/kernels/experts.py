@@ -67,7 +67,7 @@ def plain(
 
 
 class _Grouped(torch.autograd.Function):
-    """Forward and backward by hand. The elementwise part goes some rows at a time, which a core's cache holds.
+    """Forward and backward by hand, some rows at a time, which a core's cache holds, added into their tokens' rows.
 
     Kept are the products with gate and up alone: rows of x are gathered anew, and the weights' gradient, which is
     dy_t down a, is taken between a and dy_t down, so that no expert's output is needed.
@@ -78,25 +78,25 @@ class _Grouped(torch.autograd.Function):
         gate_EFD, up_EFD, down_EDF = matrices
         slots_TK, tokens_R, sizes = _sort(ids_TK, gate_EFD.shape[0], _row_multiple(x_TD))
         gate_RF, up_RF = (x_TD.new_empty(tokens_R.shape[0], gate_EFD.shape[1]) for _ in matrices[:2])
-        y_RD = x_TD.new_empty(tokens_R.shape[0], x_TD.shape[1])
+        weights_R1 = _by_row(weights_TK.to(x_TD.dtype), slots_TK, tokens_R)
+        y_TD = torch.zeros_like(x_TD, dtype=torch.float32)
         for experts, rows, sizes_e in _groups(sizes):
             x_rD, gate_rF, up_rF = x_TD.index_select(0, tokens_R[rows]), gate_RF[rows], up_RF[rows]
             _multiply(x_rD, gate_EFD[experts].mT, gate_rF, sizes_e)
             _multiply(x_rD, up_EFD[experts].mT, up_rF, sizes_e)
-            _multiply(F.silu(gate_rF).mul_(up_rF), down_EDF[experts].mT, y_RD[rows], sizes_e)
-        ctx.save_for_backward(x_TD, gate_RF, up_RF, weights_TK, slots_TK, tokens_R, *matrices)
-        ctx.sizes = sizes
-        return F.embedding_bag(slots_TK, y_RD, per_sample_weights=weights_TK.to(y_RD.dtype), mode="sum")
+            y_rD = x_rD  # of the same shape, and used up
+            _multiply(F.silu(gate_rF).mul_(up_rF).mul_(weights_R1[rows]), down_EDF[experts].mT, y_rD, sizes_e)
+            y_TD.index_add_(0, tokens_R[rows], y_rD.float())
+        ctx.save_for_backward(x_TD, gate_RF, up_RF, weights_R1, slots_TK, tokens_R, *matrices)
+        ctx.sizes, ctx.dtype = sizes, weights_TK.dtype
+        return y_TD.to(x_TD.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x_TD, gate_RF, up_RF, weights_TK, slots_TK, tokens_R, *matrices = ctx.saved_tensors
+        x_TD, gate_RF, up_RF, weights_R1, slots_TK, tokens_R, *matrices = ctx.saved_tensors
         (dy_TD,), (gate_EFD, up_EFD, down_EDF) = grads, matrices
         dgate_EFD, dup_EFD, ddown_EDF = (torch.empty_like(m, memory_format=torch.contiguous_format) for m in matrices)
-        # A padding row stands for token 0 as well; its weight of zero keeps it out of every gradient.
-        weights_R1 = dy_TD.new_zeros(tokens_R.shape[0], 1)
-        weights_R1[slots_TK.flatten(), 0] = weights_TK.flatten().to(dy_TD.dtype)
-        dweights_R, dx_RD = torch.empty_like(weights_R1[:, 0]), dy_TD.new_empty(tokens_R.shape[0], x_TD.shape[1])
+        dweights_R, dx_TD = torch.empty_like(weights_R1[:, 0]), torch.zeros_like(x_TD, dtype=torch.float32)
         for experts, rows, sizes_e in _groups(ctx.sizes):
             x_rD, dy_rD = x_TD.index_select(0, tokens_R[rows]), dy_TD.index_select(0, tokens_R[rows])
             gate_rF, up_rF, weights_r1 = gate_RF[rows], up_RF[rows], weights_R1[rows]
@@ -107,13 +107,21 @@ class _Grouped(torch.autograd.Function):
             _multiply_rows(dy_rD, a_rF.mul_(weights_r1), ddown_EDF[experts], sizes_e)
             dup_rF = silu_rF.mul_(da_rF.mul_(weights_r1))
             dgate_rF = torch.ops.aten.silu_backward(da_rF.mul_(up_rF), gate_rF)
-            _multiply(dgate_rF, gate_EFD[experts], dx_RD[rows], sizes_e)
-            _multiply(dup_rF, up_EFD[experts], dx_RD[rows], sizes_e, add=True)
             _multiply_rows(dgate_rF, x_rD, dgate_EFD[experts], sizes_e)
             _multiply_rows(dup_rF, x_rD, dup_EFD[experts], sizes_e)
-        dx_TD = F.embedding_bag(slots_TK, dx_RD, mode="sum")
-        dweights_TK = dweights_R[slots_TK].to(weights_TK.dtype)
-        return dx_TD, None, dweights_TK, dgate_EFD, dup_EFD, ddown_EDF
+            dx_rD = dy_rD  # of the same shape, and used up
+            _multiply(dgate_rF, gate_EFD[experts], dx_rD, sizes_e)
+            _multiply(dup_rF, up_EFD[experts], dx_rD, sizes_e, add=True)
+            dx_TD.index_add_(0, tokens_R[rows], dx_rD.float())
+        dweights_TK = dweights_R[slots_TK].to(ctx.dtype)
+        return dx_TD.to(x_TD.dtype), None, dweights_TK, dgate_EFD, dup_EFD, ddown_EDF
+
+
+def _by_row(weights_TK: Tensor, slots_TK: Tensor, tokens_R: Tensor) -> Tensor:
+    """Each row's weight in its token's sum, [R, 1]. A padding row's is zero: it is in no sum and no gradient."""
+    weights_R1 = weights_TK.new_zeros(tokens_R.shape[0], 1)
+    weights_R1[slots_TK.flatten(), 0] = weights_TK.flatten()
+    return weights_R1
 
 
 def _groups(sizes: list[int]) -> Iterator[tuple[slice, slice, list[int]]]:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cavelight.kernels import norm
+from cavelight.kernels import norm, swiglu
 from cavelight.spec.config import ModelConfig, Yarn
 
 
@@ -44,7 +44,15 @@ class SwiGLU(nn.Module):
         self.up_proj = Linear(hidden, width, dtype, device)
         self.down_proj = Linear(width, hidden, dtype, device)
 
+    @property
+    def trains_as_one(self) -> bool:
+        """Whether training takes it for one operation: not where its Linears have been exchanged, or are narrow."""
+        linears = (self.gate_proj, self.up_proj, self.down_proj)
+        return all(type(linear) is Linear and linear.weight.dtype == torch.float32 for linear in linears)
+
     def forward(self, x_TD: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and self.trains_as_one:
+            return swiglu.swiglu(x_TD, self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
         y_TD: Tensor = self.down_proj(F.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD))
         return y_TD
 

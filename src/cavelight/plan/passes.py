@@ -21,6 +21,7 @@ Dtype = Literal["float32", "bfloat16"]
 TOKEN_ID = 8  # bytes
 LOGITS_IN_TRAINING, FEWEST_TOKENS = 1 << 22, 64  # kernels.cross_entropy: numbers at once, for so many tokens at least
 LOGITS_AT_ONCE = 512  # train.evaluate: tokens of the head; this and the next number are theirs, tests hold them equal
+HIDDEN_AT_ONCE, ROWS_AT_ONCE = 1 << 19, 1024  # kernels.swiglu, kernels.experts: numbers, and rows, at a time
 PADDED_ROWS = (
     64  # kernels.experts: in bfloat16, from so many tokens on, an expert's rows are padded to a multiple of it
 )
@@ -69,8 +70,7 @@ def sections(config: ModelConfig, rows: int, row: int, dtype: Dtype) -> list[Sec
         return sum(size for name, size in weights.items() if name.startswith(prefix))
 
     def layer(number: int, at: str) -> tuple[Section, Section]:
-        routed = gradients(f"{at}.mlp.experts")
-        return through.attention(gradients(f"{at}.self_attn")), through.ffn(number, gradients(f"{at}.mlp"), routed)
+        return through.attention(gradients(f"{at}.self_attn")), through.ffn(number, gradients(f"{at}.mlp"))
 
     head, embedding = gradients("lm_head"), gradients("model.embed")
     made = [Section(TOKEN_ID * through.T, 0, 0, embedding)]
@@ -114,9 +114,10 @@ class Pass:
         """
         D, V, b = self.config.hidden_size, self.config.vocab_size, self.b
         at_once = min(self.T, max(LOGITS_IN_TRAINING // V, FEWEST_TOKENS))
-        logits = (4 + 4 + (2 * b if b == 2 else 0)) * V * at_once  # and their softmax, which becomes the gradient
+        logits = (4 + (2 * b if b == 2 else 0)) * V * at_once  # they become their softmax, and that the gradient
         sums = 4 * V * D if b == 2 else 0
-        return Section(self._norm(D) + b * V * D, logits + sums, max(again, gradients) + b * D * self.T, gradients)
+        kept = self._norm(D, used=False) + b * D * (V + self.T)
+        return Section(kept, logits + sums, max(again, gradients) + b * D * self.T, gradients)
 
     def join(self, gradients: int, again: int) -> Section:
         """A prediction module's input: both norms, side by side (V3 report, eq. 21)."""
@@ -124,12 +125,16 @@ class Pass:
         norms = 3 if self.config.mtp_hidden == "post_norm" else 2
         kept = norms * self._norm(D, used=False) + (2 * self.b * D + TOKEN_ID) * self.T
         if self.b == 4:
-            kept -= 4 * D * self.T  # the hidden state is kept already, by the norm before the head
+            # The hidden state is kept already, by the norm before the head; if that is what is joined, it is made anew.
+            kept -= 4 * D * self.T * (norms - 1)
         return Section(kept, 2 * self.b * D * self.T, again, gradients)
 
     def _norm(self, width: int, used: bool = True) -> int:
-        """Its input in float32, 1 / rms, and its output where a product follows; in bfloat16 normalised values too."""
-        return (4 * width + 4 + self.b * width * (used + (self.b == 2))) * self.T
+        """Its input in float32 and 1 / rms; in bfloat16 normalised values too, and its output if a product follows.
+
+        In float32 that output is made anew.
+        """
+        return (4 * width + 4 + (2 * width * (used + 1) if self.b == 2 else 0)) * self.T
 
     def attention(self, gradients: int) -> Section:
         """Norm, latents, expanded keys and values, and the heads' output (kernels.attend.expanded)."""
@@ -137,26 +142,28 @@ class Pass:
         H, N, R, U = c.num_attention_heads, c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim
         C, D, W = c.kv_lora_rank, c.hidden_size, max(N + R, U)
         latents = b * (C + R) + 8 * R  # in float32 the norm keeps the whole row it is a part of; two rotations
-        # Queries, keys, values, output, logsumexp: kernels.causal, or torch's own kernel with all of one width.
-        heads = b * H * ((2 * W + 2 * U) if b == 4 else 4 * W + (U if U < W else 0)) + 4 * H
-        kept = self._norm(D) + self._norm(C, used=False) + (latents + heads) * self.T
+        # kernels.causal keeps queries, output, logsumexp and the rotary key; torch's own kernel, which has all of one
+        # width, keys and values too.
+        heads = (4 * (H * (W + U) + R) if b == 4 else 2 * H * (4 * W + (U if U < W else 0))) + 4 * H
+        kept = self._norm(D) + (self._norm(C, used=False) if b == 2 else 4 * self.T) + (latents + heads) * self.T
         kept += self._norm(c.q_lora_rank) if c.q_lora_rank else 0
         return Section(kept, 3 * b * H * W * self.T, b * (D + 6 * H * W) * self.T, gradients)
 
-    def ffn(self, layer: int, gradients: int, routed: int) -> Section:
-        """`routed`: the part of the gradients that belongs to the routed experts; they are made one after another."""
+    def ffn(self, layer: int, gradients: int) -> Section:
+        """The norm, and the dense feed-forward or router, routed and shared experts."""
         c, b, T = self.config, self.b, self.T
         D, E, K, F = c.hidden_size, c.n_routed_experts or 0, c.num_experts_per_tok, c.moe_intermediate_size
+        hidden = 2 if b == 4 else 4  # products with gate and up; in bfloat16 silu and its product with up as well
         if not c.is_moe(layer):
             wide = b * c.intermediate_size * T
-            return Section(self._norm(D) + 4 * wide, b * D * T, b * D * T + 3 * wide, gradients)
+            scratch = min(5 * wide, 20 * HIDDEN_AT_ONCE) if b == 4 else 3 * wide
+            return Section(self._norm(D) + hidden * wide, b * D * T, 2 * b * D * T + scratch, gradients)
         P = self.expert_rows()
-        router = (8 * E + 16 * K + 16) * T + (4 * D * (T + E) if b == 2 else 0)  # the bfloat16 gate's float32 copies
-        kept = self._norm(D) + router + b * P * 2 * F + 8 * (P + K * T)
-        kept += 4 * b * (c.n_shared_experts or 0) * F * T
-        gathered = b * (2 * P * D + K * T * D + 4 * P * F) - routed * 2 // 3  # with one of three gradients made
-        finished = b * (2 * P * D + T * D + 4 * P * F)
-        return Section(kept, b * P * (D + F), max(gathered, finished), gradients)
+        router = (8 * E + 12 * K + 16) * T + (4 * D * (T + E) if b == 2 else 0)  # the bfloat16 gate's float32 copies
+        kept = self._norm(D) + router + b * P * (2 * F + 1) + 8 * (P + K * T)
+        kept += hidden * b * (c.n_shared_experts or 0) * F * T
+        some = min(P, max(ROWS_AT_ONCE, P // max(E, 1)))  # rows of experts at a time
+        return Section(kept, 4 * D * T + b * some * (D + F), (4 + b) * D * T + b * some * (2 * D + 5 * F), gradients)
 
     def alone(self, layer: int) -> int:
         """The most that a layer takes where no gradient is wanted."""
@@ -167,8 +174,9 @@ class Pass:
         attention = b * H * (5 * W + N + 2 * U) * T
         if not c.is_moe(layer):
             return stream + max(attention, 3 * b * c.intermediate_size * T)
-        P, K, F = self.expert_rows(), c.num_experts_per_tok, c.moe_intermediate_size
-        return stream + max(attention, b * (2 * P * D + K * D * T + 3 * P * F))
+        P, F = self.expert_rows(), c.moe_intermediate_size
+        some = min(P, max(ROWS_AT_ONCE, P // max(c.n_routed_experts or 1, 1)))
+        return stream + max(attention, 4 * D * T + b * (2 * P * F + some * (D + F)))
 
     def expert_rows(self) -> int:
         """Pairs of token and expert, and padding: half of the multiple for each expert on average."""

@@ -105,6 +105,7 @@ class TrainSection(Section):
     schedule: tuple[Stage, ...] = Field(default=V3_SCHEDULE, min_length=1)
     beta1: float = Field(default=0.9, ge=0, lt=1)
     beta2: float = Field(default=0.95, ge=0, lt=1)
+    moments: Literal["float32", "bfloat16"] = "float32"  # AdamW's two; the report kept bfloat16 ones (section 3.3.3)
     weight_decay: NonNegativeFloat = 0.1
     clip_norm: PositiveFloat = 1.0
     ema_decay: float | None = Field(default=None, gt=0, lt=1)  # keep an average of the weights, and export it too

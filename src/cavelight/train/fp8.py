@@ -5,7 +5,7 @@ exports notice nothing. What the report keeps in higher precision stays as it is
 attention itself), and so does the MTP projection, which released checkpoints store in bfloat16.
 
 Not imitated: how the report stores activations between forward and backward pass (E5M6 before the output projection,
-fp8 before SwiGLU), its bfloat16 moments, and the 14 bits in which its GPUs add up 128 products.
+fp8 before SwiGLU), and the 14 bits in which its GPUs add up 128 products.
 
 Letters: T tokens, K experts a token, D hidden size, H heads, N width without position, R rotary width, U value width,
 C latent width.

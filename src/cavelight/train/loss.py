@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from cavelight.data.batches import IGNORE, Batch
+from cavelight.kernels.norm import outputs_remade
 from cavelight.model.ports import Attend, Dispatch, GroupedDispatch, PackedAttend
 from cavelight.model.router import Routing
 from cavelight.model.transformer import Transformer
@@ -94,6 +95,7 @@ class _Depth:
     keep_T: Tensor | None
 
 
+@outputs_remade()
 def losses(
     model: Transformer,
     batch: Batch,

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from cavelight.model.transformer import Transformer
 from cavelight.spec.sections import TrainSection
 from cavelight.spec.shapes import Parameter, parameters
+from cavelight.train.adamw import AdamW
 from cavelight.train.muon import Muon
 
 MATRICES = {"attention", "dense", "expert", "shared_expert", "mtp_projection"}  # roles that Muon takes
@@ -60,12 +61,8 @@ class Optimizer:
                 groups[role if role in groups else "others"].append(master)
         self.table, self.weight_decay = table, recipe.weight_decay
         self.factors = [1.0, recipe.embedding_rate, recipe.head_rate, 1.0]
-        decays = [0.0, *(recipe.weight_decay / factor for factor in self.factors[1:])]
-        self.adamw = torch.optim.AdamW(
-            [{"params": m, "weight_decay": decay} for m, decay in zip(groups.values(), decays, strict=True)],
-            betas=(recipe.beta1, recipe.beta2),
-            fused=True,
-        )
+        self.decays = [0.0, *(recipe.weight_decay / factor for factor in self.factors[1:])]
+        self.adamw = AdamW(groups.values(), (recipe.beta1, recipe.beta2), pick_dtype(recipe.moments))
         self.muon = Muon(matrices, pick_dtype("auto"))
 
     @torch.no_grad()
@@ -88,9 +85,7 @@ class Optimizer:
     def step(self, learning_rate: float, clip_norm: float, norm: Tensor) -> None:
         """Clip gradients of this norm to `clip_norm`, update the masters and from them the weights, forget the rest."""
         nn.utils.clip_grads_with_norm_(self.masters.values(), clip_norm, norm)
-        for group, factor in zip(self.adamw.param_groups, self.factors, strict=True):
-            group["lr"] = learning_rate * factor
-        self.adamw.step()
+        self.adamw.step([learning_rate * factor for factor in self.factors], self.decays)
         reached = {name: grad for name in self.muon.matrices if (grad := self.masters[name].grad) is not None}
         gradients = {name: _as_matrices(self.table[name], gradient) for name, gradient in reached.items()}
         self.muon.step(gradients, learning_rate, self.weight_decay)
@@ -107,17 +102,14 @@ class Optimizer:
     def state(self) -> dict[str, object]:
         """Everything but the recipe's settings. The tensors are the optimizer's own, not copies."""
         masters = {name: master.detach() for name, master in self.masters.items()}
-        return {"adamw": self.adamw.state_dict(), "muon": self.muon.state(), "masters": masters}
+        return {"adamw": self.adamw.state(), "muon": self.muon.state(), "masters": masters}
 
     @torch.no_grad()
     def load_state(self, state: dict[str, object]) -> None:
         """Go on from a `state` of the same model and the same kind of optimizer; the weights come with it."""
         adamw, muon, masters = state["adamw"], state["muon"], state["masters"]
         assert isinstance(adamw, dict) and isinstance(muon, dict) and isinstance(masters, dict)
-        settings = [{key: group[key] for key in group if key != "params"} for group in self.adamw.param_groups]
-        self.adamw.load_state_dict(adamw)
-        for group, kept in zip(self.adamw.param_groups, settings, strict=True):
-            group.update(kept)  # the recipe's, which may have changed since
+        self.adamw.load_state(adamw)
         self.muon.load_state(muon)
         for name, master in self.masters.items():
             master.copy_(masters[name])

@@ -38,7 +38,7 @@ def recompute(model: Transformer, how: Recompute) -> None:
             module.forward = _remade(module.forward)  # type: ignore[method-assign]  # of this one block
         elif how == "selective" and isinstance(module, Block):
             module.attention = _remade(module.attention, _down_projections(module))  # type: ignore[method-assign]
-        elif how == "selective" and isinstance(module, SwiGLU):
+        elif how == "selective" and isinstance(module, SwiGLU) and not module.trains_as_one:
             module.forward = _remade(module.forward, (module.gate_proj, module.up_proj))  # type: ignore[method-assign]
 
 
