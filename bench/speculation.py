@@ -157,8 +157,8 @@ In the engine, all of them at once and with two drafts each: {together:,} of {pr
 Layers: {without_native() or "natively"}.
 
 A round with 1, 2, 3 drafts has to read {costs} times what a plain step reads: the module is a layer of its own beside
-{model.config.num_hidden_layers} others, and the head is read once more. Tokens a round over that is the most that drafts
-can give where reading is what takes the time.
+{model.config.num_hidden_layers} others, and the head is read once more. Tokens a round over that is the most that
+drafts can give where reading is what takes the time.
 
 Command: `{shlex.join(["python", "-m", "bench.speculation", *called])}`{"  "}
 Commit: {commit()}{"  "}

@@ -224,6 +224,25 @@ def test_samples_of_a_seed_are_the_same_again_and_differ_from_one_another() -> N
     assert len(set(map(tuple, outputs[0]))) == 3
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_samples_without_drafts_give_way_and_come_back(seed: int) -> None:
+    """They part in the middle of what a page with the modules' rows would be known by."""
+    source, model = random.Random(seed), model_of(2)
+    engine = engine_of(model, pages=14, budget=32, most=8)
+    asked = []
+    for _ in range(30):
+        sampling = Sampling(temperature=1.0, seed=source.randrange(5))
+        prompt, priority = [source.randrange(4)] * source.randrange(2, 9), source.randrange(3)
+        request = Request(prompt, 12, sampling, samples=3, drafts=0, priority=priority)
+        asked.append((request, engine.submit(request)))
+        for _ in range(source.randrange(6)):
+            engine.step()
+    engine.run()
+    assert engine.totals.preempted and engine.totals.shared
+    for request, made in asked:
+        assert [generation.tokens for generation in made] == [alone(model, request, sample) for sample in range(3)]
+
+
 def test_iterating_over_one_brings_all_further() -> None:
     engine = engine_of(model_of(1))
     (one,), (two,) = engine.submit(Request([1, 2], 8)), engine.submit(Request([3], 30))

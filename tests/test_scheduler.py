@@ -15,7 +15,7 @@ class World:
 
     def __init__(self, seed: int, pages: int, size: int, budget: int, most: int) -> None:
         self.source = random.Random(seed)
-        self.scheduler = Scheduler(Pages(pages, size, lookahead=1), budget, most)
+        self.scheduler = Scheduler(Pages(pages, size, lookahead=(1,)), budget, most)
         self.alive: dict[Job, int] = {}  # the length at which each ends
         self.finished = self.cancelled = self.preempted = self.shared = 0
 

@@ -29,7 +29,7 @@ from cavelight.run.speculate import Chain, Drafter, Wish
 from cavelight.spec.config import ModelConfig
 
 PAGE = 32  # positions
-WITH_MODULES, WITHOUT = -1, -2  # kinds of pages: whether they hold the MTP modules' rows
+WITH_MODULES, WITHOUT = 0, 1  # kinds of pages: whether they hold the MTP modules' rows
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Engine:
         self.dispatch = DispatchAlone() if invariant else dispatch or GroupedDispatch()
         self.modules = config.num_nextn_predict_layers
         self.cache = PagedCache(config, memory // each, page, weight.dtype, weight.device)
-        self.scheduler = Scheduler(Pages(memory // each, page, lookahead=self.modules), budget, most)
+        self.scheduler = Scheduler(Pages(memory // each, page, lookahead=(self.modules, 0)), budget, most)
         self.drafter = Drafter(self.model, self._attend_at, self.dispatch, self.modules) if self.modules else None
         self.pace = Pace(config)
         self._jobs: dict[Job, Generation] = {}

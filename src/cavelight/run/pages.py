@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 Copy = tuple[int, int]  # from page, to page
-_Key = tuple[int, tuple[int, ...]]  # the page before (or the kind of the first one), the tokens that this one adds
+_Key = tuple[int, tuple[int, ...]]  # the page before (of the first one -1 - kind), the tokens that this one adds
 
 
 class OutOfPages(Exception):
@@ -21,14 +21,13 @@ class OutOfPages(Exception):
 class Pages:
     """`count` pages of `size` positions.
 
-    lookahead: how many tokens after its last position a page depends on. An MTP module k deep makes the row at
-    position i of the tokens up to i + k, so pages with such rows are known by that many tokens more.
-
-    Pages are of a kind, a number below zero; only those of one kind are ever the same.
+    Pages are of a kind; only those of one kind are ever the same. lookahead: of each kind, how many tokens after its
+    last position a page depends on. An MTP module k deep makes the row at position i of the tokens up to i + k, so
+    pages with such rows are known by that many tokens more.
     """
 
-    def __init__(self, count: int, size: int, lookahead: int = 0) -> None:
-        assert count > 0 and size > 0 and lookahead >= 0
+    def __init__(self, count: int, size: int, lookahead: Sequence[int] = (0,)) -> None:
+        assert count > 0 and size > 0 and min(lookahead) >= 0
         self.count, self.size, self.lookahead = count, size, lookahead
         self.holders = [0] * count
         self._blank = list(range(count - 1, -1, -1))  # neither held nor known; the last is given first
@@ -76,25 +75,26 @@ class Pages:
                 else:
                     self._blank.append(page)
 
-    def find(self, tokens: Sequence[int], kind: int = -1) -> list[int]:
+    def find(self, tokens: Sequence[int], kind: int = 0) -> list[int]:
         """The known pages that `tokens` begins with, in order; not held by this."""
         found: list[int] = []
-        while key := self._key(tokens, found[-1] if found else kind, len(found)):
+        while key := self._key(tokens, found, len(found), kind):
             page = self._known.get(key)
             if page is None:
                 break
             found.append(page)
         return found
 
-    def know(self, pages: list[int], first: int, tokens: Sequence[int], kind: int = -1) -> int:
+    def know(self, pages: list[int], first: int, tokens: Sequence[int], kind: int = 0) -> int:
         """Make those of `pages` known, from number `first` on, that `tokens` fill; how many are known then.
 
         Pages before `first` are known already. Where another page holds the same, that one takes this one's place in
         `pages`, and this one is given back.
         """
         number = first
-        while number < len(pages) and (key := self._key(tokens, pages[number - 1] if number else kind, number)):
+        while number < len(pages) and (key := self._key(tokens, pages, number, kind)):
             page = pages[number]
+            assert self._keys.get(page, key) == key, f"page {page} is known by other tokens"
             twin = self._known.setdefault(key, page)
             if twin == page:
                 self._keys[page] = key
@@ -112,10 +112,12 @@ class Pages:
         self._blank.extend(self._idle)
         self._idle.clear()
 
-    def _key(self, tokens: Sequence[int], before: int, number: int) -> _Key | None:
-        """Of page `number`, if `tokens` reach far enough to tell."""
-        end = (number + 1) * self.size + self.lookahead
-        start = number * self.size + self.lookahead if number else 0
+    def _key(self, tokens: Sequence[int], pages: Sequence[int], number: int, kind: int) -> _Key | None:
+        """Of page `number`, which follows those before it in `pages`, if `tokens` reach far enough to tell."""
+        ahead = self.lookahead[kind]
+        end = (number + 1) * self.size + ahead
+        start = number * self.size + ahead if number else 0
+        before = pages[number - 1] if number else -1 - kind
         return (before, tuple(tokens[start:end])) if len(tokens) >= end else None
 
     def _give(self) -> int:
@@ -134,7 +136,7 @@ class Table:
     """One sequence's pages, in the order of positions."""
 
     pool: Pages
-    kind: int = -1
+    kind: int = 0
     pages: list[int] = field(default_factory=list)
     known: int = 0  # of its pages, from the first on
 
