@@ -54,7 +54,7 @@ def test_a_crowd_gets_what_each_would_get_alone(modules: int) -> None:
     assert cancelled and engine.totals.preempted and engine.totals.shared and engine.totals.together > 3
     if modules:
         kept = sum(sum(generation.stats.accepted) for _, made in asked for generation in made)
-        assert kept > 25
+        assert kept > 15, "or drafts are hardly looked at"
 
 
 # Each of these is known to have broken the others somewhere.

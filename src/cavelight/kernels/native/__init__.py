@@ -3,7 +3,7 @@
 Letters: T tokens, O outputs, I inputs, S stacked matrices, W int32 words of a row, G groups of columns.
 
 Why not torch: for one token in bfloat16 its products read memory at 55 to 60 % of what the machine can, and some forty
-calls a layer come on top (docs/results/native.md). Everything here has a plain twin in torch that computes the same,
+calls a layer come on top (docs/results/running.md). Everything here has a plain twin in torch that computes the same,
 and runs wherever there is no compiler.
 """
 
