@@ -9,23 +9,29 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from unittest.mock import patch
 
 import torch
+import torch.nn.functional as F
 
 from bench.provenance import commit, leave_with, machine
+from cavelight.bench import cases as bench_cases
 from cavelight.bench.cases import Case
 from cavelight.bench.peer import Transformers
 from cavelight.bench.picture import Panel, draw_panels
+from cavelight.bench.probes import read_bandwidth
 from cavelight.bench.sweep import Row, cases, sweep
 from cavelight.cli.bench import random_model
 from cavelight.cli.progress import screen
 from cavelight.disk import file_beside
+from cavelight.kernels import native
 from cavelight.model.transformer import Transformer
 from cavelight.run.engine import Engine
-from cavelight.run.quick import without_native
+from cavelight.run.quick import BUILD, without_native
 from cavelight.run.request import Request
 from cavelight.spec.events import Event
 from cavelight.spec.presets import preset
@@ -60,13 +66,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         folders = checkpoints(Path(scratch))
         rows = {kind: measured(folders[kind], kind, not options.without_peer, listen) for kind in KINDS}
         model = read_checkpoint(folders["bfloat16"])
-        experts = by_experts(model)
+        experts, needed = by_experts(model), necessity(model)
         child = [sys.executable, "-m", "bench.running", "--memory", str(folders["bfloat16"])]
         memory = int(subprocess.run(child, check=True, capture_output=True, text=True).stdout)
     draw(rows["bfloat16"], experts, options.out / "running.png")
     called = list(sys.argv[1:] if arguments is None else arguments)
     with file_beside(options.out / "running.md") as page:
-        page.write_text(report(rows, experts, memory, called), encoding="utf-8")
+        page.write_text(report(rows, experts, needed, memory, called), encoding="utf-8")
     print(f"wrote {options.out / 'running.md'}")
     return 0
 
@@ -97,6 +103,41 @@ def by_experts(model: Transformer) -> list[tuple[int, Row]]:
         other.load_state_dict(model.state_dict(), assign=True)
         found.append((top, sweep(other, [Case("decoding", 0)])[0]))
     return found
+
+
+def necessity(model: Transformer) -> list[tuple[str, float]]:
+    """What share of the bandwidth torch reaches for one token, and what is reached natively."""
+    weight_VD, matrix = model.lm_head.weight, native.matrix(model.lm_head.weight)
+    x_1D, library = torch.randn(1, weight_VD.shape[1]), BUILD.library()
+    half_1D = x_1D.to(weight_VD.dtype)
+    compiled = torch.compile(lambda x: F.linear(x, weight_VD))
+    products: dict[str, Callable[[], object]] = {
+        "the head's product, torch eagerly": lambda: F.linear(half_1D, weight_VD),
+        "the head's product, torch compiled": lambda: compiled(half_1D),
+    }
+    if library and matrix:
+        products["the head's product, natively"] = lambda: native.product(library, matrix, x_1D)
+    with torch.inference_mode():
+        found = [
+            (name, weight_VD.nbytes / fastest(act) / read_bandwidth(seconds=0.3)) for name, act in products.items()
+        ]
+    case = Case("decoding", 128)
+    with patch.object(bench_cases, "quick", lambda same: same):
+        found.append(("a step at 128, the model's own modules in bfloat16", sweep(model, [case])[0].bandwidth_share))
+    with patch.object(BUILD, "loaded", None), patch.object(BUILD, "reason", "to see what it is worth"):
+        found.append(("a step at 128, plain modules in float32", sweep(model, [case])[0].bandwidth_share))
+    return found
+
+
+def fastest(act: Callable[[], object], times: int = 40) -> float:
+    """Seconds of the fastest of some calls."""
+    act()
+    least = float("inf")
+    for _ in range(times):
+        began = time.perf_counter()
+        act()
+        least = min(least, time.perf_counter() - began)
+    return least
 
 
 def memory_of_a_prompt(folder: Path) -> int:
@@ -130,7 +171,13 @@ def draw(rows: Sequence[Row], experts: Sequence[tuple[int, Row]], path: Path) ->
     draw_panels(panels, path, "What a token of mid costs in bfloat16", facts)
 
 
-def report(rows: dict[str, list[Row]], experts: Sequence[tuple[int, Row]], memory: int, called: Sequence[str]) -> str:
+def report(
+    rows: dict[str, list[Row]],
+    experts: Sequence[tuple[int, Row]],
+    needed: Sequence[tuple[str, float]],
+    memory: int,
+    called: Sequence[str],
+) -> str:
     names = [row.ours.case.name for row in rows["bfloat16"]]
     by_name = {kind: {row.ours.case.name: row for row in some} for kind, some in rows.items()}
     lines = []
@@ -176,6 +223,12 @@ Layers: {"natively" if not without_native() else without_native()}.
 | experts a token | ms a token | reading alone |
 |--:|--:|--:|
 {many}
+
+## Why layers are computed natively
+
+| for one token, in bfloat16 | share of the bandwidth |
+|---|--:|
+{chr(10).join(f"| {name} | {found:.0%} |" for name, found in needed)}
 
 Command: `{shlex.join(["python", "-m", "bench.running", *called])}`{"  "}
 Commit: {commit()}{"  "}
