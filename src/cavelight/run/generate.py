@@ -30,6 +30,9 @@ GREEDY = Sampling()
 CHUNK = 512  # prompt tokens that go through at once
 TIMED_STEPS = (2, 4, 6)  # of a speculating run, the steps made plain to measure them; later one in PERIOD
 PERIOD = 64
+TRIED = (
+    3  # rounds, and as many plain steps, after which drafts may be given up for costing more than they ever can give
+)
 ROOM = 256  # new tokens that the cache has room for from the start
 
 
@@ -199,12 +202,17 @@ class TokenStream(Iterator[int]):
         """Judged once in every window of rounds. By the clock where the output cannot depend on the verdict.
 
         Elsewhere it can, by rounding, and has to be the same on every run: there the sizes of the model decide.
+        By the clock it may be clear early that not even drafts which are always right would pay.
         """
-        rounds = len(self.stats.round_tokens)
-        if rounds == 0 or rounds % WINDOW:
+        stats, rounds = self.stats, len(self.stats.round_tokens)
+        judged = rounds > 0 and rounds % WINDOW == 0
+        if not self.exact:
+            return not judged or stats.judge(cost_of_round(self.model.config, stats.drafts))
+        early = rounds == TRIED and len(stats.plain_seconds) >= TRIED
+        if not (judged or early):
             return True
-        cost = self.stats.measured_cost() if self.exact else cost_of_round(self.model.config, self.stats.drafts)
-        return self.stats.judge(cost)
+        cost = stats.measured_cost()
+        return (early and cost <= stats.drafts + 1) or stats.judge(cost)
 
 
 def generate_tokens(
