@@ -41,6 +41,7 @@ FEWEST_TOKENS = 256
 NO_LABEL = -100
 CLEAR = 4.0  # standard deviations of a paired sign test, one chance in 16,000
 NOTICEABLE = 0.005  # in acceptance: less is no reason to change anything
+TINY = 1e-5  # nats a token: less comes from rounding and from the norms' epsilon, and may do so every time
 LEARNT = 0.5  # nats a token below ln V: with less the trunk has learnt nothing that drafts could meet
 
 
@@ -212,7 +213,7 @@ def _settle_hidden(modules: Sequence[Acceptance], configured: MtpHidden) -> tupl
     hits_z = sign_test(*(torch.cat([module.hits[reading] for module in modules]) for reading in (post, pre)))
     saved, nats_z = mean_and_z(torch.cat([module.nats[pre] - module.nats[post] for module in modules]))
     accepted_apart = abs(hits_z) > CLEAR and abs(shares["post_norm"] - shares["pre_norm"]) > NOTICEABLE
-    z = hits_z if accepted_apart else nats_z
+    z = hits_z if accepted_apart else nats_z if abs(saved) > TINY else 0.0
     better: MtpHidden | None = None if abs(z) <= CLEAR else post.hidden if z > 0 else pre.hidden
     told = (
         f"{shares['post_norm']:.1%} of {drafts:,} drafts are accepted after the norm, {shares['pre_norm']:.1%} before"
