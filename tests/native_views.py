@@ -100,9 +100,7 @@ class Case:
         return Case(self.cache, (replace(span, count=count),), self.tokens[first : first + count])
 
 
-def case(
-    config: ModelConfig, lengths: Sequence[tuple[int, int]], page: int, dtype: torch.dtype, seed: int = 0
-) -> Case:
+def case(config: ModelConfig, lengths: Sequence[tuple[int, int]], page: int, dtype: torch.dtype, seed: int = 0) -> Case:
     """For each sequence (past, tokens of this step). Pages lie in random order, with some of nobody's between."""
     source, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     needed = [-(-(start + count) // page) for start, count in lengths]

@@ -13,7 +13,19 @@ from cavelight.run.quick import FEW
 from cavelight.spec.config import ModelConfig
 from cavelight.spec.formats import Format
 
-from .native_views import STORES, Case, Outcome, Store, assert_close, case, native_view, plain_only, step, stored, written
+from .native_views import (
+    STORES,
+    Case,
+    Outcome,
+    Store,
+    assert_close,
+    case,
+    native_view,
+    plain_only,
+    step,
+    stored,
+    written,
+)
 from .reference.tiny import V2, V3, tiny, yarn
 from .run_models import small_config
 
