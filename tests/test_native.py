@@ -11,7 +11,6 @@ from cavelight.run.invariant import DispatchAlone, RowBlocks
 from cavelight.run.paged import PagedCache
 from cavelight.run.quick import FEW
 from cavelight.spec.config import ModelConfig
-from cavelight.spec.formats import Format
 
 from .native_views import (
     STORES,

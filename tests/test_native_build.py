@@ -42,7 +42,9 @@ def answer(made: Build) -> int | None:
     return library.answer() if library else None
 
 
-def fake_compiler(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...] = ("c++",)) -> None:
+def fake_compiler(
+    folder: Path, script: str, monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...] = ("c++",)
+) -> None:
     folder.mkdir()
     for name in names:
         (folder / name).write_text("#!/bin/sh\n" + script)
@@ -85,7 +87,10 @@ def test_a_compiler_that_fails_is_quoted(sources: Path, tmp_path: Path) -> None:
     ("script", "told"),
     [
         ("exit 3", "the C++ compiler failed: "),
-        ("printf 'warning\\nerror: \\377\\376 no\\nerror: two\\n' >&2; exit 1", "the C++ compiler failed: error: \ufffd"),
+        (
+            "printf 'warning\\nerror: \\377\\376 no\\nerror: two\\n' >&2; exit 1",
+            "the C++ compiler failed: error: \ufffd",
+        ),
         ("exit 0", "No such file"),  # and writes nothing
         ('while [ "$1" != -o ]; do shift; done; echo nonsense > "$2"', ".so: "),
     ],

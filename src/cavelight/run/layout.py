@@ -21,7 +21,7 @@ def chain_of(blocks: Sequence[Block]) -> native.Chain | None:
     """Of layers with numbers that follow one another; None if some is one that only the plain modules compute."""
     layers = [layer for layer in map(_layer, blocks) if layer is not None]
     follow = all(block.layer == blocks[0].layer + n for n, block in enumerate(blocks))
-    return native.Chain(layers) if follow and len(layers) == len(blocks) else None
+    return native.Chain(layers, blocks[0].layer) if follow and len(layers) == len(blocks) else None
 
 
 def matrix_of(module: nn.Module | Tensor, name: str = "") -> native.Matrix | None:

@@ -166,7 +166,7 @@ class QuickBlock(Block):
         library = _library(self.chain, attend, dispatch, x_TD)
         if library is None or self.chain is None:
             return super().forward(x_TD, cos_sin, attend, dispatch)
-        y_TD, routings = _in_one_piece(library, self.chain, self.layer, x_TD, cos_sin, attend)
+        y_TD, routings = _in_one_piece(library, self.chain, x_TD, cos_sin, attend)
         return y_TD, routings[0] if routings else None
 
 
@@ -181,7 +181,7 @@ class QuickTrunk(Trunk):
         library = _library(self.chain, attend, dispatch, tokens_T)
         if library is None or self.chain is None:
             return super().forward(tokens_T, cos_sin, attend, dispatch)
-        return _in_one_piece(library, self.chain, 0, self.embed_tokens(tokens_T), cos_sin, attend)
+        return _in_one_piece(library, self.chain, self.embed_tokens(tokens_T), cos_sin, attend)
 
 
 def _library(chain: native.Chain | None, attend: Attend, dispatch: Dispatch, tokens: Tensor) -> CDLL | None:
@@ -201,13 +201,13 @@ def _library(chain: native.Chain | None, attend: Attend, dispatch: Dispatch, tok
 def _in_one_piece(
     library: CDLL,
     chain: native.Chain,
-    first: int,
     x_TD: Tensor,
     cos_sin: tuple[Tensor, Tensor],
     attend: Attend,
 ) -> tuple[Tensor, list[Routing]]:
-    """What layers from number `first` on make of some tokens."""
+    """What the layers make of some tokens."""
     assert isinstance(attend, CachedAttend | PagedAttend)
     rows_MZL, places = attend.rows(len(x_TD))
-    y_TD, routed = native.layers(library, chain, x_TD, cos_sin, rows_MZL[first : first + chain.count], places)
+    rows_MZL = rows_MZL[chain.first : chain.first + chain.count]
+    y_TD, routed = native.layers(library, chain, x_TD, cos_sin, rows_MZL, places)
     return y_TD, [Routing(*of_layer) for of_layer in routed]

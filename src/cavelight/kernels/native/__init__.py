@@ -181,10 +181,10 @@ def layers(
 
 
 class Chain:
-    """Layers to be computed one after the other."""
+    """Layers to be computed one after the other, from number `first` on."""
 
-    def __init__(self, layers: Sequence[Layer]) -> None:
-        self.layers, self.count = layers, len(layers)
+    def __init__(self, layers: Sequence[Layer], first: int = 0) -> None:
+        self.layers, self.first, self.count = layers, first, len(layers)
         self.pointers = (ctypes.POINTER(Layer) * self.count)(*map(ctypes.pointer, layers))
         routers = [layer for layer in layers if layer.E]
         self.routers = len(routers)
