@@ -76,8 +76,8 @@ def assert_alike(model: Any, given: Case, error: float = 1e-5, **at: Any) -> Non
         theirs = step(view, given, **at)
     for a, b in zip(ours.all(), theirs.all(), strict=True):
         assert_close(a, b, error)
-    for a, b in zip(ours.routings, theirs.routings, strict=True):
-        assert torch.equal(a.ids_TK, b.ids_TK)
+    for mine, other in zip(ours.routings, theirs.routings, strict=True):
+        assert torch.equal(mine.ids_TK, other.ids_TK)
     others_Z = ~written(given)
     assert torch.equal(ours.rows_MZL[:, others_Z], given.cache.rows_MZL[:, others_Z])
 

@@ -147,7 +147,7 @@ def test_a_cache_that_cannot_be_written(sources: Path, tmp_path: Path, monkeypat
     def refused(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied", "cache")
 
-    monkeypatch.setattr(build.tempfile, "TemporaryDirectory", refused)
+    monkeypatch.setattr("tempfile.TemporaryDirectory", refused)
     made = small(tmp_path / "cache")
     assert answer(made) is None and "Permission denied" in (made.why_not() or "")
 
