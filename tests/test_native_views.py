@@ -24,6 +24,7 @@ from cavelight.run import quick as quick_module
 from cavelight.run.cache import LatentCache
 from cavelight.run.engine import Engine
 from cavelight.run.generate import TokenStream
+from cavelight.run.paged import PagedAttend, PagedCache
 from cavelight.run.quick import quick
 from cavelight.run.request import Request
 from cavelight.spec.formats import FP8, INT4, INT8, Format
@@ -168,6 +169,38 @@ def test_hooks_and_foreign_modules_are_not_gone_past() -> None:
         assert_close(a, b)
 
 
+class Counted(GroupedDispatch):
+    """As one derives a port, to record or to change what goes through it."""
+
+    def __call__(self, layer: int, *rest: Any) -> Tensor:
+        LAYERS.append(layer)
+        return super().__call__(layer, *rest)
+
+
+LAYERS: list[int] = []
+
+
+def test_ports_that_are_derived_from_ours_are_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    view = native_view(random_model(CONFIG))
+    before = step(view, GIVEN)
+    for a, b in zip(step(view, GIVEN, Counted()).all(), before.all(), strict=True):
+        assert_close(a, b)
+    assert LAYERS == [1, 2]
+
+    class Looked(PagedAttend):
+        def __call__(self, layer: int, *rest: Any) -> Tensor:
+            LAYERS.append(layer)
+            return super().__call__(layer, *rest)
+
+    monkeypatch.setattr(PagedCache, "at", lambda cache, spans: Looked(cache, spans, False))
+    step(view, GIVEN)
+    assert LAYERS == [1, 2, 0, 1, 2]
+
+
+class Elsewhere(Tensor):
+    """As packages of quantised tensors derive from it."""
+
+
 def test_layers_that_are_not_where_they_were() -> None:
     """A trunk without its first layer: rows go where the layers' numbers say, as in the plain modules."""
     model = random_model(small_config(num_hidden_layers=3, num_nextn_predict_layers=0))
@@ -240,6 +273,8 @@ def test_matrices_that_are_not_read() -> None:
     assert native.matrix(torch.ones(4, 6)[:, :3]) is None
     assert native.matrix(torch.ones(4, 6, dtype=torch.float16)) is None
     assert native.matrix(torch.ones(4, 6, device="meta")) is None
+    assert native.matrix(torch.ones(4, 6).as_subclass(Elsewhere)) is None
+    assert native.matrix(nn.Parameter(torch.ones(4, 6).as_subclass(Elsewhere))) is None
     model = random_model(CONFIG).requires_grad_(False)
     o_proj = model.get_submodule("model.layers.0.self_attn.o_proj")
     o_proj.weight = nn.Parameter(o_proj.weight.T.contiguous().T, requires_grad=False)

@@ -185,13 +185,16 @@ class QuickTrunk(Trunk):
 
 
 def _library(chain: native.Chain | None, attend: Attend, dispatch: Dispatch, tokens: Tensor) -> CDLL | None:
-    """What computes layers in one piece: for few tokens, rows in a cache of ours, and all experts at home."""
-    if chain is None or not isinstance(dispatch, GroupedDispatch | DispatchAlone) or tokens.requires_grad:
+    """What computes layers in one piece: for few tokens, rows in a cache of ours, and all experts at home.
+
+    A port that only is derived from one of ours wants to be called.
+    """
+    if chain is None or type(dispatch) not in (GroupedDispatch, DispatchAlone) or tokens.requires_grad:
         return None
     few = len(tokens) <= FEW
-    if isinstance(attend, PagedAttend):
+    if type(attend) is PagedAttend:
         few, rows = few or attend.alone, attend.cache.rows_MZL
-    elif isinstance(attend, CachedAttend) and attend.form is None:
+    elif type(attend) is CachedAttend and attend.form is None:
         rows = attend.cache.rows_MSL
     else:
         return None

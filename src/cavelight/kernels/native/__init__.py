@@ -89,7 +89,8 @@ class Places:
 
 def matrix(weight: Tensor) -> Matrix | None:
     """Of a plain [O, I] or [S, O, I] in float32 or bfloat16; None for what `step.cpp` does not read."""
-    if weight.dtype not in KINDS or not weight.is_contiguous() or weight.device.type != "cpu":
+    foreign = type(weight.data) is not Tensor  # a subclass may keep its numbers elsewhere
+    if foreign or weight.dtype not in KINDS or not weight.is_contiguous() or weight.device.type != "cpu":
         return None
     outputs, inputs = weight.shape[-2:]
     size = weight.element_size()
