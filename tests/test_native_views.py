@@ -29,7 +29,7 @@ from cavelight.run.quick import quick
 from cavelight.run.request import Request
 from cavelight.spec.formats import FP8, INT4, INT8, Format
 from cavelight.weights.snapshot import read_checkpoint
-from cavelight.weights.swap import is_packed
+from cavelight.weights.swap import STACKS, is_packed
 
 from .crowds import some_prefixes, some_request
 from .native_views import Store, assert_close, case, native_view, packed_linear, plain_only, put, step, stored
@@ -169,6 +169,18 @@ def test_hooks_and_foreign_modules_are_not_gone_past() -> None:
         assert_close(a, b)
 
 
+def test_shapes_that_the_configuration_does_not_say() -> None:
+    """Experts may be taken out of a model by hand: its plain modules do not mind."""
+    model = random_model(small_config(n_group=1, topk_group=1, num_nextn_predict_layers=0)).requires_grad_(False)
+    moe = model.model.layers[1].mlp
+    for stack in STACKS:
+        setattr(moe.experts, stack, nn.Parameter(getattr(moe.experts, stack)[:5].clone()))
+    moe.gate.weight = nn.Parameter(moe.gate.weight[:5].clone())
+    moe.gate.e_score_correction_bias = moe.gate.e_score_correction_bias[:5].clone()
+    assert quick(model) is model
+    assert all(torch.isfinite(t).all() for t in outcome(model))
+
+
 class Counted(GroupedDispatch):
     """As one derives a port, to record or to change what goes through it."""
 
@@ -256,8 +268,8 @@ def test_what_is_not_read_natively(store: Store, monkeypatch: pytest.MonkeyPatch
 
 
 def test_other_attention_and_other_widths() -> None:
-    gqa: dict[str, object] = {"attention": "gqa", "num_key_value_heads": 2}
-    for config in (small_config(kv_lora_rank=24), small_config().model_copy(update=gqa)):
+    heads = {"attention": "gqa", "num_key_value_heads": 2, "q_lora_rank": None, "kv_lora_rank": 0, "qk_nope_head_dim": 0}
+    for config in (small_config(kv_lora_rank=24), small_config().replace(**heads)):
         model = random_model(config)
         given = case(config, [(0, 3), (70, 2)], 4, torch.float32)
         ours = step(quick(model), given)

@@ -31,6 +31,7 @@ from cavelight.run.cache import CachedAttend
 from cavelight.run.invariant import DispatchAlone, RowBlocks
 from cavelight.run.layout import STACKS, chain_of, matrix_of
 from cavelight.run.paged import PagedAttend
+from cavelight.spec.shapes import parameters
 
 BUILD = Build("step.cpp", cache_folder)
 FEW = 32  # tokens of a step up to which layers are computed in one piece
@@ -41,8 +42,8 @@ _made: WeakKeyDictionary[Transformer, tuple[Transformer, tuple[object, ...]]] = 
 
 
 def quick(model: Transformer) -> Transformer:
-    """The model to run in place of `model`: itself where that is none in float32 or bfloat16 on a CPU, or has foreign
-    modules or hooks inside, which a view would go past.
+    """The model to run in place of `model`: itself where that is none in float32 or bfloat16 on a CPU, has shapes other
+    than its configuration says, or foreign modules or hooks inside, which a view would go past.
 
     Parameters are shared: what changes them in place is seen. If they moved, a new view is made when next asked for.
     """
@@ -53,6 +54,8 @@ def quick(model: Transformer) -> Transformer:
         return model
     made, state = _made.get(model), _state(model)
     if made is None or made[1] != state:
+        if not _is_in_shape(model):
+            return model
         view = _view(model)
         assert isinstance(view, Transformer)
         made = _made[model] = view, state
@@ -62,6 +65,12 @@ def quick(model: Transformer) -> Transformer:
 def _is_plain(module: nn.Module) -> bool:
     known = type(module) in OURS or isinstance(module, native.KeepsMatrix)
     return known and not module._forward_hooks and not module._forward_pre_hooks
+
+
+def _is_in_shape(model: Transformer) -> bool:
+    """Native code does not look: it would read past the end of an expert that was taken out."""
+    shapes = {p.name: p.shape for p in parameters(model.config)}
+    return all(shapes.get(name, tensor.shape) == tensor.shape for name, tensor in model.state_dict().items())
 
 
 def _state(model: Transformer) -> tuple[object, ...]:
