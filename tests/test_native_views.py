@@ -268,7 +268,13 @@ def test_what_is_not_read_natively(store: Store, monkeypatch: pytest.MonkeyPatch
 
 
 def test_other_attention_and_other_widths() -> None:
-    heads = {"attention": "gqa", "num_key_value_heads": 2, "q_lora_rank": None, "kv_lora_rank": 0, "qk_nope_head_dim": 0}
+    heads = {
+        "attention": "gqa",
+        "num_key_value_heads": 2,
+        "q_lora_rank": None,
+        "kv_lora_rank": 0,
+        "qk_nope_head_dim": 0,
+    }
     for config in (small_config(kv_lora_rank=24), small_config().replace(**heads)):
         model = random_model(config)
         given = case(config, [(0, 3), (70, 2)], 4, torch.float32)
