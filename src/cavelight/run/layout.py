@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from cavelight.kernels import native
@@ -17,9 +18,10 @@ Parts = dict[str, Any]
 
 
 def chain_of(blocks: Sequence[Block]) -> native.Chain | None:
-    """Of layers that follow one another; None if some is of a kind that only the plain modules compute."""
+    """Of layers with numbers that follow one another; None if some is one that only the plain modules compute."""
     layers = [layer for layer in map(_layer, blocks) if layer is not None]
-    return native.Chain(layers) if len(layers) == len(blocks) else None
+    follow = all(block.layer == blocks[0].layer + n for n, block in enumerate(blocks))
+    return native.Chain(layers, blocks[0].layer) if follow and len(layers) == len(blocks) else None
 
 
 def matrix_of(module: nn.Module | Tensor, name: str = "") -> native.Matrix | None:
@@ -36,17 +38,11 @@ def _layer(block: Block) -> native.Layer | None:
     if not isinstance(attention, MLA) or attention.config.kv_lora_rank % native.LANES:
         return None
     config, mlp = attention.config, block.mlp
-    parts, norms = _attention(attention)
-    norms |= {"attention_norm": block.input_layernorm.weight, "ffn_norm": block.post_attention_layernorm.weight}
-    if isinstance(mlp, MoE):
-        parts |= _mixture(mlp)
-        bias = mlp.gate.e_score_correction_bias
-        norms |= {"bias": bias} if bias is not None else {}
-    else:
-        parts |= _dense(mlp)
-    if any(part is None for part in parts.values()):
+    parts = _attention(attention) | (_mixture(mlp) if isinstance(mlp, MoE) else _dense(mlp))
+    parts["attention_norm"] = matrix_of(block.input_layernorm.weight[None])
+    parts["ffn_norm"] = matrix_of(block.post_attention_layernorm.weight[None])
+    if not _is_read(parts):
         return None
-    floats = {name: weight.detach().float().contiguous() for name, weight in norms.items()}
     layer = native.Layer(
         D=config.hidden_size,
         H=config.num_attention_heads,
@@ -58,26 +54,32 @@ def _layer(block: Block) -> native.Layer | None:
         eps=config.rms_norm_eps,
         latent_eps=LATENT_NORM_EPS,
         softmax_scale=attention.scale,
-        **{name: weight.data_ptr() for name, weight in floats.items()},
-        **parts,
+        **{name: part.data if name == "bias" else part for name, part in parts.items()},
     )
-    layer.kept = (*floats.values(), *parts.values())
+    layer.kept = tuple(parts.values())
     return layer
 
 
-def _attention(attention: MLA) -> tuple[Parts, dict[str, Tensor]]:
-    """Matrices and norms."""
+def _is_read(parts: Parts) -> bool:
+    """Whether each matrix is of a kind that is read; those which meet the same numbers have to be of one."""
+    if any(part is None for part in parts.values()):
+        return False
+    pairs = (("gate", "up"), ("shared_gate", "shared_up"))
+    return all(parts[a].kind == parts[b].kind for a, b in pairs if a in parts)
+
+
+def _attention(attention: MLA) -> Parts:
     parts: Parts = {
         "latent_down": matrix_of(attention.kv_a_proj_with_mqa),
         "key_up": matrix_of(attention.k_up),
         "value_up": matrix_of(attention.v_up),
         "output": matrix_of(attention.o_proj),
+        "latent_norm": matrix_of(attention.kv_a_layernorm.weight[None]),
     }
-    norms: dict[str, Tensor] = {"latent_norm": attention.kv_a_layernorm.weight}
     if attention.config.q_lora_rank is None:
-        return parts | {"query_up": matrix_of(attention.q_proj)}, norms
+        return parts | {"query_up": matrix_of(attention.q_proj)}
     parts |= {"query_down": matrix_of(attention.q_a_proj), "query_up": matrix_of(attention.q_b_proj)}
-    return parts, norms | {"query_norm": attention.q_a_layernorm.weight}
+    return parts | {"query_norm": matrix_of(attention.q_a_layernorm.weight[None])}
 
 
 def _dense(mlp: SwiGLU) -> Parts:
@@ -89,6 +91,9 @@ def _mixture(mlp: MoE) -> Parts:
     parts: Parts = {name[:-5]: matrix_of(mlp.experts, name) for name in STACKS}
     parts |= {"router": matrix_of(mlp.gate.weight)}
     parts |= _dense(mlp.shared_experts) if mlp.shared_experts is not None else {}
+    bias = mlp.gate.e_score_correction_bias
+    if bias is not None:
+        parts["bias"] = matrix_of(bias[None]) if bias.dtype == torch.float32 else None
     best = (2 if config.topk_method == "noaux_tc" else 1) if is_group_limited(config) else 0
     return parts | {
         "E": config.n_routed_experts,

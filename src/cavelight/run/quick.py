@@ -19,37 +19,46 @@ from cavelight.disk import cache_folder
 from cavelight.kernels import experts, native
 from cavelight.kernels.native.build import Build
 from cavelight.model.block import Block
-from cavelight.model.moe import Experts
+from cavelight.model.gqa import GQA
+from cavelight.model.layers import Linear, RMSNorm, SwiGLU
+from cavelight.model.mla import MLA
+from cavelight.model.moe import Experts, MoE
+from cavelight.model.mtp import MTPModule
 from cavelight.model.ports import Attend, Dispatch, GroupedDispatch
-from cavelight.model.router import Routing
+from cavelight.model.router import Router, Routing
 from cavelight.model.transformer import Transformer, Trunk
 from cavelight.run.cache import CachedAttend
 from cavelight.run.invariant import DispatchAlone, RowBlocks
 from cavelight.run.layout import STACKS, chain_of, matrix_of
 from cavelight.run.paged import PagedAttend
+from cavelight.spec.shapes import parameters
 
 BUILD = Build("step.cpp", cache_folder)
 FEW = 32  # tokens of a step up to which layers are computed in one piece
 TILE = 1 << 20  # elements of a matrix that are widened at a time
-_made: WeakKeyDictionary[Transformer, tuple[Transformer, tuple[int, ...]]] = WeakKeyDictionary()
+OURS = {Transformer, Trunk, MTPModule, Block, MLA, GQA, MoE, SwiGLU, Router, Experts, RMSNorm, Linear}
+OURS |= {nn.Embedding, nn.ModuleList}
+_made: WeakKeyDictionary[Transformer, tuple[Transformer, tuple[object, ...]]] = WeakKeyDictionary()
 
 
 def quick(model: Transformer) -> Transformer:
-    """The model to run in place of `model`: itself where that does not compute in float32, or not on a CPU.
+    """The model to run in place of `model`: itself where that is none in float32 or bfloat16 on a CPU, has shapes other
+    than its configuration says, or foreign modules or hooks inside, which a view would go past.
 
-    Parameters are shared: what changes them in place is seen, and if they moved a new view is made.
+    Parameters are shared: what changes them in place is seen. If they moved, a new view is made when next asked for.
     """
     weight = model.lm_head.weight
-    if type(model) is not Transformer or isinstance(model.model, QuickTrunk):
+    if type(model) is not Transformer or not all(map(_is_plain, model.modules())):
         return model
     if weight.device.type != "cpu" or weight.dtype not in native.KINDS:
         return model
-    places = tuple(tensor.data_ptr() for tensor in model.state_dict().values())
-    made = _made.get(model)
-    if made is None or made[1] != places:
+    made, state = _made.get(model), _state(model)
+    if made is None or made[1] != state:
+        if not _is_in_shape(model):
+            return model
         view = _view(model)
         assert isinstance(view, Transformer)
-        made = _made[model] = view, places
+        made = _made[model] = view, state
     return made[0]
 
 
@@ -61,7 +70,31 @@ def is_steady(model: Transformer, dispatch: Dispatch) -> bool:
 
 
 def _at_home(dispatch: Dispatch) -> bool:
-    return isinstance(dispatch, GroupedDispatch | DispatchAlone)
+    return type(dispatch) in (GroupedDispatch, DispatchAlone)
+
+
+def _is_plain(module: nn.Module) -> bool:
+    known = type(module) in OURS or isinstance(module, native.KeepsMatrix)
+    return known and not module._forward_hooks and not module._forward_pre_hooks
+
+
+def _is_in_shape(model: Transformer) -> bool:
+    """Native code does not look: it would read past the end of an expert that was taken out."""
+    shapes = {p.name: p.shape for p in parameters(model.config)}
+    return all(shapes.get(name, tensor.shape) == tensor.shape for name, tensor in model.state_dict().items())
+
+
+def _state(model: Transformer) -> tuple[object, ...]:
+    """What a view is true for: modules, where tensors lie, and the versions of those that it holds copies of."""
+    tensors = model.state_dict().values()
+    copied = [t._version for t in tensors if t.dtype == torch.float16 and not t.is_inference()]
+    return (
+        *(id(module) for module in model.modules()),
+        *(tensor.data_ptr() for tensor in tensors),
+        *copied,
+        id(model.config),
+        id(model.rotary),
+    )
 
 
 def without_native() -> str | None:
@@ -76,15 +109,14 @@ def _view(module: nn.Module) -> nn.Module:
         return QuickEmbedding(module)
     if isinstance(module, Experts):
         return QuickExperts(module)
-    if isinstance(module, nn.Linear) or (isinstance(module, native.KeepsMatrix) and hasattr(module, "in_features")):
+    if isinstance(module, Linear) or (isinstance(module, native.KeepsMatrix) and hasattr(module, "in_features")):
         return QuickLinear(module)
     made = copy.copy(module)
     made._modules = {name: child and _view(child) for name, child in module._modules.items()}
     if isinstance(made, Block | Trunk):
         assert isinstance(module, Block | Trunk)
         made.__class__ = QuickBlock if isinstance(made, Block) else QuickTrunk
-        blocks = [module] if isinstance(module, Block) else [b for b in module.layers if isinstance(b, Block)]
-        made.__dict__["chain"] = chain_of(blocks)
+        made.__dict__["chain"] = chain_of([module] if isinstance(module, Block) else [*module.layers])
     return made
 
 
@@ -116,7 +148,7 @@ class QuickLinear(nn.Module):
         return weight
 
     def forward(self, x_TI: Tensor) -> Tensor:
-        few = x_TI.shape[0] <= FEW or RowBlocks.entered.get()
+        few = x_TI.ndim == 2 and (len(x_TI) <= FEW or RowBlocks.entered.get())
         library = BUILD.library() if self.matrix is not None and few and not x_TI.requires_grad else None
         if library and self.matrix is not None:
             return native.product(library, self.matrix, x_TI)
@@ -154,7 +186,7 @@ class QuickBlock(Block):
         library = _library(self.chain, attend, dispatch, x_TD)
         if library is None or self.chain is None:
             return super().forward(x_TD, cos_sin, attend, dispatch)
-        y_TD, routings = _in_one_piece(library, self.chain, self.layer, x_TD, cos_sin, attend)
+        y_TD, routings = _in_one_piece(library, self.chain, x_TD, cos_sin, attend)
         return y_TD, routings[0] if routings else None
 
 
@@ -169,29 +201,36 @@ class QuickTrunk(Trunk):
         library = _library(self.chain, attend, dispatch, tokens_T)
         if library is None or self.chain is None:
             return super().forward(tokens_T, cos_sin, attend, dispatch)
-        return _in_one_piece(library, self.chain, 0, self.embed_tokens(tokens_T), cos_sin, attend)
+        return _in_one_piece(library, self.chain, self.embed_tokens(tokens_T), cos_sin, attend)
 
 
 def _library(chain: native.Chain | None, attend: Attend, dispatch: Dispatch, tokens: Tensor) -> CDLL | None:
-    """What computes layers in one piece: for few tokens, rows in a cache of ours, and all experts at home."""
+    """What computes layers in one piece: for few tokens, rows in a cache of ours, and all experts at home.
+
+    A port that only is derived from one of ours wants to be called.
+    """
     if chain is None or not _at_home(dispatch) or tokens.requires_grad:
         return None
     few = len(tokens) <= FEW
-    if isinstance(attend, PagedAttend):
-        return BUILD.library() if few or attend.alone else None
-    return BUILD.library() if few and isinstance(attend, CachedAttend) and attend.form is None else None
+    if type(attend) is PagedAttend:
+        few, rows = few or attend.alone, attend.cache.rows_MZL
+    elif type(attend) is CachedAttend and attend.form is None:
+        rows = attend.cache.rows_MSL
+    else:
+        return None
+    return BUILD.library() if few and rows.dtype in native.KINDS and rows.device.type == "cpu" else None
 
 
 def _in_one_piece(
     library: CDLL,
     chain: native.Chain,
-    first: int,
     x_TD: Tensor,
     cos_sin: tuple[Tensor, Tensor],
     attend: Attend,
 ) -> tuple[Tensor, list[Routing]]:
-    """What layers from number `first` on make of some tokens."""
+    """What the layers make of some tokens."""
     assert isinstance(attend, CachedAttend | PagedAttend)
     rows_MZL, places = attend.rows(len(x_TD))
-    y_TD, routed = native.layers(library, chain, x_TD, cos_sin, rows_MZL[first : first + chain.count], places)
+    rows_MZL = rows_MZL[chain.first : chain.first + chain.count]
+    y_TD, routed = native.layers(library, chain, x_TD, cos_sin, rows_MZL, places)
     return y_TD, [Routing(*of_layer) for of_layer in routed]

@@ -57,7 +57,8 @@ class Layer(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("kept_groups", "best_of_group")),
         *((name, ctypes.c_int32) for name in ("low_rank_query", "sigmoid", "normalise", "shared")),
         *((name, ctypes.c_float) for name in ("eps", "latent_eps", "softmax_scale", "routed_scale")),
-        *((name, FLOATS) for name in ("attention_norm", "query_norm", "latent_norm", "ffn_norm", "bias")),
+        ("bias", FLOATS),
+        *((name, Matrix) for name in ("attention_norm", "query_norm", "latent_norm", "ffn_norm")),
         *((name, Matrix) for name in MATRICES),
     ]
     kept: tuple[Any, ...] = ()  # what it points into
@@ -89,14 +90,15 @@ class Places:
     """
 
     def __init__(self, spans: list[tuple[int, int, int, int]], pages: list[int], page: int) -> None:
-        self.spans = torch.tensor(spans, dtype=torch.int64)
-        self.pages = torch.tensor(pages, dtype=torch.int64)
+        self.spans = torch.tensor(spans, dtype=torch.int64, device="cpu")
+        self.pages = torch.tensor(pages, dtype=torch.int64, device="cpu")
         self.page = page
 
 
 def matrix(weight: Tensor) -> Matrix | None:
     """Of a plain [O, I] or [S, O, I] in float32 or bfloat16; None for what `step.cpp` does not read."""
-    if weight.dtype not in KINDS or not weight.is_contiguous() or weight.device.type != "cpu":
+    foreign = type(weight.data) is not Tensor  # a subclass may keep its numbers elsewhere
+    if foreign or weight.dtype not in KINDS or not weight.is_contiguous() or weight.device.type != "cpu":
         return None
     outputs, inputs = weight.shape[-2:]
     size = weight.element_size()
@@ -117,7 +119,7 @@ def packed_matrix(words: Tensor, scale: Tensor, bits: int, group: int | None, co
     fits = group == columns or (
         group % 16 == 0 if bits == 8 else group % 8 == 0 and (128 % group == 0 or group % 128 == 0)
     )
-    if not fits or bits not in (INT8, INT4) or words.device.type != "cpu":
+    if not fits or bits not in (INT8, INT4) or columns > MOST_GROUPS * group or words.device.type != "cpu":
         return None
     words, scale = words.contiguous(), scale.contiguous()
     scale = scale if scale.dtype in KINDS else scale.float()
@@ -147,7 +149,8 @@ def _matrix(tensors: tuple[Tensor, ...], **fields: Any) -> Matrix:
 def product(library: ctypes.CDLL, m: Matrix, x_TI: Tensor) -> Tensor:
     """x Wᵀ [T, O], float32."""
     x_TI = x_TI.float().contiguous()
-    y_TO = torch.empty(x_TI.shape[0], m.rows)
+    assert x_TI.shape[1:] == (m.columns,), f"{tuple(x_TI.shape)} with {m.columns} columns"
+    y_TO = x_TI.new_empty(x_TI.shape[0], m.rows)
     library.cavelight_product(
         ctypes.byref(m),
         _at(x_TI),
@@ -171,9 +174,10 @@ def layers(
     Puts the tokens' rows into `rows_MZL`, these layers' part of a cache, in float32 or bfloat16. All else is float32.
     """
     T, routers = x_TD.shape[0], chain.routers
-    x_TD, cos, sin = (t.contiguous() for t in (x_TD, *cos_sin))
-    y_TD, scores_OTE = torch.empty_like(x_TD), torch.empty(routers, T, chain.E)
-    ids_OTK, weights_OTK = torch.empty(routers, T, chain.K, dtype=torch.int64), torch.empty(routers, T, chain.K)
+    x_TD, cos, sin = (t.float().contiguous() for t in (x_TD, *cos_sin))
+    y_TD, scores_OTE = torch.empty_like(x_TD), x_TD.new_empty(routers, T, chain.E)
+    weights_OTK = x_TD.new_empty(routers, T, chain.K)
+    ids_OTK = torch.empty_like(weights_OTK, dtype=torch.int64)
     step = _Step(
         T,
         len(places.spans),
@@ -190,10 +194,10 @@ def layers(
 
 
 class Chain:
-    """Layers to be computed one after the other."""
+    """Layers to be computed one after the other, from number `first` on."""
 
-    def __init__(self, layers: Sequence[Layer]) -> None:
-        self.layers, self.count = layers, len(layers)
+    def __init__(self, layers: Sequence[Layer], first: int = 0) -> None:
+        self.layers, self.first, self.count = layers, first, len(layers)
         self.pointers = (ctypes.POINTER(Layer) * self.count)(*map(ctypes.pointer, layers))
         routers = [layer for layer in layers if layer.E]
         self.routers = len(routers)

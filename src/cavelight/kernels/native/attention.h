@@ -38,6 +38,7 @@ struct Piece {  // of one sequence's past, for all its queries
 constexpr int64_t BLOCK = 64;  // positions that are looked at together
 constexpr int ROWS = 16;       // of these at once,
 constexpr int COLUMNS = 96;    // and of each so many numbers, which a core's first cache holds
+constexpr float LOWEST = -3.4e38f;  // below every score: minus infinity would be NaN where it is subtracted from itself
 
 inline int64_t groups_of(const Span &span, int64_t H) { return (span.count * H + LANES - 1) / LANES; }
 
@@ -111,7 +112,7 @@ inline void look(const Past &past, const Span &span, const Piece &piece, int64_t
     float *weights = room.data();
     for (int64_t g = 0; g < G; g++) {
         int64_t out = piece.out + g;
-        store(&sums.largest[out * LANES], all(-1e30f)), store(&sums.total[out * LANES], v16{});
+        store(&sums.largest[out * LANES], all(LOWEST)), store(&sums.total[out * LANES], v16{});
     }
     for (int64_t first = piece.first; first < piece.last; first += BLOCK) {
         const uint8_t *rows[BLOCK];  // those past the last one are the last one again, and seen by nobody

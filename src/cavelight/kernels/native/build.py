@@ -7,7 +7,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from threading import Lock, Thread
 
@@ -16,6 +16,7 @@ COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC", "-w")
 SWITCH = "CAVELIGHT_NATIVE"  # 0: never use what is built here
 PATIENCE = 300.0  # seconds
+SUM_BYTES = 32
 
 
 class Build:
@@ -37,7 +38,7 @@ class Build:
                 if os.environ.get(SWITCH) == "0":
                     self.reason = f"{SWITCH} is 0"
                     return None
-                if self._load(self._file()):
+                if self._is_here():
                     return self.loaded
                 self.thread = Thread(target=self._run, daemon=True)
                 self.thread.start()
@@ -53,26 +54,30 @@ class Build:
         try:
             file = self._file()
             self._compile(file)
-            if not self._load(file):
-                self.reason = f"{file} cannot be loaded"
-        except (OSError, subprocess.SubprocessError) as error:
+            self.loaded = ctypes.CDLL(str(file))
+        except Exception as error:  # whatever it is, there is a way without
             self.reason = _told(error)
 
     def _compile(self, file: Path) -> None:
-        compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
-        if compiler is None:
+        found = [compiler for compiler in map(shutil.which, COMPILERS) if compiler]
+        if not found:
             raise OSError("there is no C++ compiler (one of " + ", ".join(COMPILERS) + ")")
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=file.parent) as folder:
             made = Path(folder) / file.name
-            command = [compiler, *FLAGS, "-o", str(made), str(self.source)]
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=PATIENCE)
+            _run_one(found, [*FLAGS, "-o", str(made), str(self.source)])
+            content = made.read_bytes()
+            made.write_bytes(content + _sum(content))
             os.replace(made, file)
 
-    def _load(self, file: Path) -> bool:
+    def _is_here(self) -> bool:
+        """Load it if it was built before. One that is damaged, or another machine's, is built anew."""
         try:
-            self.loaded = ctypes.CDLL(str(file)) if file.exists() else None
-        except OSError:  # of another machine, or damaged: built anew
+            file = self._file()
+            content = file.read_bytes()
+            if _sum(content[:-SUM_BYTES]) == content[-SUM_BYTES:]:  # loading half a library would kill the process
+                self.loaded = ctypes.CDLL(str(file))
+        except Exception:
             self.loaded = None
         return self.loaded is not None
 
@@ -83,6 +88,26 @@ class Build:
             told.update(file.read_bytes())
         told.update(" ".join((*FLAGS, platform.machine(), _processor())).encode())
         return self.folder() / f"{self.source.stem}-{told.hexdigest()[:16]}.so"
+
+
+def _sum(content: bytes) -> bytes:
+    """What is written behind a library to tell that it is whole."""
+    return hashlib.sha256(content).digest()
+
+
+def _run_one(compilers: Sequence[str], arguments: Sequence[str]) -> None:
+    """Run the first that does it. Raises the first one's error if none does."""
+    failed = None
+    for compiler in compilers:
+        try:
+            subprocess.run(
+                [compiler, *arguments], check=True, capture_output=True, text=True, errors="replace", timeout=PATIENCE
+            )
+            return
+        except (OSError, subprocess.SubprocessError) as error:
+            failed = failed or error
+    if failed:
+        raise failed
 
 
 def _processor() -> str:

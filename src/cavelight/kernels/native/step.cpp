@@ -41,17 +41,21 @@ void part_of(const Matrix &m, const Cut &cut, int64_t part, int64_t e, const flo
     rows(m, e, cut.first(part), cut.last(part), x, T, y, m.rows);
 }
 
-void norm(const float *x, const float *gain, float eps, int64_t width, float *y) {
+// gain: one row, float32 or bfloat16.
+void norm(const float *x, const Matrix &gain, float eps, int64_t width, float *y) {
     v16 squares = {};
     float rest = 0;
     int64_t i = 0;
     for (; i + LANES <= width; i += LANES) squares += load<v16>(x + i) * load<v16>(x + i);
     for (; i < width; i++) rest += x[i] * x[i];
     float r = 1.0f / std::sqrt((sum(squares) + rest) / width + eps);
-    for (i = 0; i < width; i++) y[i] = x[i] * r * gain[i];
+    if (gain.kind == BFLOAT16)
+        for (i = 0; i < width; i++) y[i] = x[i] * r * value<BFLOAT16>(gain.data, i);
+    else
+        for (i = 0; i < width; i++) y[i] = x[i] * r * value<FLOAT32>(gain.data, i);
 }
 
-void norms(const float *x, int64_t stride, const float *gain, float eps, int64_t T, int64_t width,
+void norms(const float *x, int64_t stride, const Matrix &gain, float eps, int64_t T, int64_t width,
            std::vector<float> &y) {
     y.resize(T * width);
     for (int64_t t = 0; t < T; t++) norm(x + t * stride, gain, eps, width, &y[t * width]);
@@ -74,7 +78,8 @@ struct Layer {
     int64_t D, H, N, R, C, U, E, K, G, kept_groups, best_of_group;
     int32_t low_rank_query, sigmoid, normalise, shared;  // shared: a dense layer's whole feed-forward, too
     float eps, latent_eps, softmax_scale, routed_scale;
-    const float *attention_norm, *query_norm, *latent_norm, *ffn_norm, *bias;
+    const float *bias;
+    Matrix attention_norm, query_norm, latent_norm, ffn_norm;
     Matrix query_down, query_up, latent_down, key_up, value_up, output;
     Matrix router, gate, up, down, shared_gate, shared_up, shared_down;
 };
@@ -101,9 +106,12 @@ struct Room {
     Sums sums;
 };
 
-// The largest K of choice_E, marked taken by -inf as they are found; the lowest number wins a tie.
+// NaN is the largest of all, as torch has it: then it comes out at the end.
+bool less(float a, float b) { return a < b || (b != b && a == a); }
+
+// The largest of choice_E, marked taken by -inf; the lowest number wins a tie.
 int64_t take_largest(float *choice, int64_t E) {
-    int64_t best = std::max_element(choice, choice + E) - choice;
+    int64_t best = std::max_element(choice, choice + E, less) - choice;
     choice[best] = -INFINITY;
     return best;
 }
@@ -122,7 +130,7 @@ void choose(const Layer &l, const float *logits, float *scores, int64_t *ids, fl
         int64_t each = l.E / l.G;
         for (int64_t g = 0; g < l.G; g++) {
             some.assign(&choice[g * each], &choice[g * each] + each);
-            std::partial_sort(some.begin(), some.begin() + l.best_of_group, some.end(), std::greater<float>());
+            std::partial_sort(some.begin(), some.begin() + l.best_of_group, some.end(), [](float a, float b) { return less(b, a); });
             group[g] = std::accumulate(some.begin(), some.begin() + l.best_of_group, 0.0f);
         }
         std::vector<bool> kept(l.G);
@@ -223,7 +231,7 @@ void gather(const Layer &l, const Step &s, int64_t n, int64_t query, Room &room)
     auto first = std::find_if(room.pieces.begin(), room.pieces.end(), [n](const Piece &p) { return p.span == n; });
     auto last = std::find_if(first, room.pieces.end(), [n](const Piece &p) { return p.span != n; });
     auto at = [query](const Piece &p) { return p.out * LANES + query; };
-    float largest = -1e30f, total = 0;
+    float largest = LOWEST, total = 0;
     for (auto p = first; p != last; p++) largest = std::max(largest, room.sums.largest[at(*p)]);
     int64_t t = span.first + query / l.H, h = query % l.H;
     float *mixed = &room.mixed[(h * s.T + t) * l.C];
