@@ -228,9 +228,18 @@ def _in_one_piece(
     cos_sin: tuple[Tensor, Tensor],
     attend: Attend,
 ) -> tuple[Tensor, list[Routing]]:
-    """What the layers make of some tokens."""
+    """What the layers make of some tokens; of many, a few at a time: each has sums of its own while it looks back."""
     assert isinstance(attend, CachedAttend | PagedAttend)
     rows_MZL, places = attend.rows(len(x_TD))
     rows_MZL = rows_MZL[chain.first : chain.first + chain.count]
-    y_TD, routed = native.layers(library, chain, x_TD, cos_sin, rows_MZL, places)
-    return y_TD, [Routing(*of_layer) for of_layer in routed]
+    if len(x_TD) <= FEW:
+        y_TD, routed = native.layers(library, chain, x_TD, cos_sin, rows_MZL, places)
+        return y_TD, [Routing(*of_layer) for of_layer in routed]
+    made = []
+    for start in range(0, len(x_TD), FEW):
+        end = min(start + FEW, len(x_TD))
+        few = [t[start:end] for t in (x_TD, *cos_sin)]
+        made.append(native.layers(library, chain, few[0], (few[1], few[2]), rows_MZL, places.part(start, end)))
+    by_layer = zip(*(routed for _, routed in made), strict=True)
+    routings = [Routing(*map(torch.cat, zip(*of_layer, strict=True))) for of_layer in by_layer]
+    return torch.cat([y_TD for y_TD, _ in made]), routings

@@ -9,6 +9,7 @@ and runs wherever there is no compiler.
 
 import ctypes
 from collections.abc import Sequence
+from copy import copy
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -93,6 +94,15 @@ class Places:
         self.spans = torch.tensor(spans, dtype=torch.int64, device="cpu")
         self.pages = torch.tensor(pages, dtype=torch.int64, device="cpu")
         self.page = page
+
+    def part(self, start: int, end: int) -> "Places":
+        """Of the step's tokens from `start` up to `end` alone."""
+        made = copy(self)
+        first_S, count_S, position_S, page_S = self.spans.unbind(dim=1)
+        from_S, to_S = first_S.clamp(min=start), (first_S + count_S).clamp(max=end)
+        spans = torch.stack([from_S - start, to_S - from_S, position_S + from_S - first_S, page_S], dim=1)
+        made.spans = spans[to_S > from_S].contiguous()
+        return made
 
 
 def matrix(weight: Tensor) -> Matrix | None:
