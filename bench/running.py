@@ -11,7 +11,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory
 from unittest.mock import patch
 
@@ -23,7 +25,7 @@ from cavelight.bench import cases as bench_cases
 from cavelight.bench.cases import Case
 from cavelight.bench.peer import Transformers
 from cavelight.bench.picture import Panel, draw_panels
-from cavelight.bench.probes import read_bandwidth
+from cavelight.bench.probes import BUFFER, read_bandwidth
 from cavelight.bench.sweep import Row, cases, sweep
 from cavelight.cli.bench import random_model
 from cavelight.cli.progress import screen
@@ -107,20 +109,20 @@ def by_experts(model: Transformer) -> list[tuple[int, Row]]:
 
 def necessity(model: Transformer) -> list[tuple[str, float]]:
     """What share of the bandwidth torch reaches for one token, and what is reached natively."""
-    weight_VD, matrix = model.lm_head.weight, native.matrix(model.lm_head.weight)
-    x_1D, library = torch.randn(1, weight_VD.shape[1]), BUILD.library()
-    half_1D = x_1D.to(weight_VD.dtype)
-    compiled = torch.compile(lambda x: F.linear(x, weight_VD))
-    products: dict[str, Callable[[], object]] = {
-        "the head's product, torch eagerly": lambda: F.linear(half_1D, weight_VD),
-        "the head's product, torch compiled": lambda: compiled(half_1D),
+    head_VD = model.lm_head.weight
+    weights = [head_VD.clone() for _ in range(-(-BUFFER // head_VD.nbytes))]  # in turn, so that no cache holds them
+    matrices, library = [native.matrix(weight) for weight in weights], BUILD.library()
+    x_1D = torch.randn(1, head_VD.shape[1])
+    half_1D = x_1D.to(head_VD.dtype)
+    compiled = torch.compile(F.linear)
+    acts: dict[str, Sequence[Callable[[], object]]] = {
+        "the head's product, torch eagerly": [partial(F.linear, half_1D, weight) for weight in weights],
+        "the head's product, torch compiled": [partial(compiled, half_1D, weight) for weight in weights],
     }
-    if library and matrix:
-        products["the head's product, natively"] = lambda: native.product(library, matrix, x_1D)
+    if library:
+        acts["the head's product, natively"] = [partial(native.product, library, m, x_1D) for m in matrices if m]
     with torch.inference_mode():
-        found = [
-            (name, weight_VD.nbytes / fastest(act) / read_bandwidth(seconds=0.3)) for name, act in products.items()
-        ]
+        found = [(name, head_VD.nbytes / typical(some) / read_bandwidth(seconds=0.3)) for name, some in acts.items()]
     case = Case("decoding", 128)
     with patch.object(bench_cases, "quick", lambda same: same):
         found.append(("a step at 128, the model's own modules in bfloat16", sweep(model, [case])[0].bandwidth_share))
@@ -129,15 +131,15 @@ def necessity(model: Transformer) -> list[tuple[str, float]]:
     return found
 
 
-def fastest(act: Callable[[], object], times: int = 40) -> float:
-    """Seconds of the fastest of some calls."""
-    act()
-    least = float("inf")
-    for _ in range(times):
-        began = time.perf_counter()
-        act()
-        least = min(least, time.perf_counter() - began)
-    return least
+def typical(acts: Sequence[Callable[[], object]], rounds: int = 4) -> float:
+    """Seconds of one of some acts in turn, the first round left out."""
+    seconds = []
+    for _ in range(rounds):
+        for act in acts:
+            began = time.perf_counter()
+            act()
+            seconds.append(time.perf_counter() - began)
+    return median(seconds[len(acts) :])
 
 
 def memory_of_a_prompt(folder: Path) -> int:

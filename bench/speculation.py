@@ -61,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("run", type=Path, nargs="?", default=Path("runs/demo"), help="a run's folder (runs/demo)")
     parser.add_argument("--prompts", type=int, default=200, help="how many prompts (200)")
     parser.add_argument("--new", type=int, default=100, help="new tokens for each (100)")
+    parser.add_argument("--context", type=int, default=1 << 20, help="tokens of a prompt (all that rows have room for)")
     parser.add_argument("--drafts", type=int, default=3, help="the most tokens to draft ahead (3)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights (float32)")
     parser.add_argument("--threads", type=int, default=1, help="torch's threads (1)")
@@ -71,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     without_native()
     recipe = RunFolder(options.run).read_recipe()
     held, _ = held_out(read_corpora(recipe.data), tokenizer, lambda event: None)
-    context = recipe.data.row_length - options.new
+    context = min(options.context, recipe.data.row_length - options.new)
     if context < 1:
         raise UserError("No room for a prompt", got=f"{options.new} new tokens in rows of {recipe.data.row_length}")
     starts = torch.linspace(0, len(held) - context - 1, options.prompts).long().tolist()

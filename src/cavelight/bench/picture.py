@@ -53,6 +53,8 @@ def draw_panels(panels: Sequence[Panel], path: Path, title: str, facts: Sequence
 
 
 def _lines(axes: "Axes", xs: Sequence[int], rows: Sequence[Row], label: str) -> None:
+    from matplotlib.ticker import LogLocator
+
     least = [1e3 * row.ours.read / row.probes.read / row.ours.case.batch for row in rows]
     taken = [1e3 / row.ours.tokens_per_second for row in rows]
     peers = [(x, 1e3 / row.theirs.tokens_per_second) for x, row in zip(xs, rows, strict=True) if row.theirs]
@@ -62,6 +64,7 @@ def _lines(axes: "Axes", xs: Sequence[int], rows: Sequence[Row], label: str) -> 
     for _, x, y, color in lines:
         axes.plot(x, y, "o-", color=color, markersize=3)
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(lambda value, _: style.short(value))
     axes.yaxis.set_minor_formatter(lambda value, _: "")
     axes.set_xlim(0, max(xs) * 1.02)
