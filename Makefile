@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -c constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Built now, so that no first run is too short for it; without a compiler everything works all the same.
+NATIVE := $(BIN)/python -c 'from cavelight.run.quick import without_native as why; print("Native layers:", why() or "ready")'
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check golden bench proof clean
@@ -42,10 +44,12 @@ clean: ## remove what the targets made, the environment included; keeps runs/
 # The demo needs only what runs the package; tests and checks add the rest.
 $(VENV)/.ready: pyproject.toml constraints.txt | $(BIN)/pip
 	$(PIP) -e .
+	@$(NATIVE)
 	@touch $@
 
 $(VENV)/.ready-dev: pyproject.toml constraints.txt | $(BIN)/pip
 	$(PIP) -e '.[dev]'
+	@$(NATIVE)
 	@touch $@ $(VENV)/.ready
 
 $(BIN)/pip:
