@@ -68,13 +68,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         folders = checkpoints(Path(scratch))
         rows = {kind: measured(folders[kind], kind, not options.without_peer, listen) for kind in KINDS}
         model = read_checkpoint(folders["bfloat16"])
-        experts, needed = by_experts(model), necessity(model)
+        experts, needed, price = by_experts(model), necessity(model), price_of_invariance(model)
         child = [sys.executable, "-m", "bench.running", "--memory", str(folders["bfloat16"])]
         memory = int(subprocess.run(child, check=True, capture_output=True, text=True).stdout)
     draw(rows["bfloat16"], experts, options.out / "running.png")
     called = list(sys.argv[1:] if arguments is None else arguments)
     with file_beside(options.out / "running.md") as page:
-        page.write_text(report(rows, experts, needed, memory, called), encoding="utf-8")
+        page.write_text(report(rows, experts, needed, price, memory, called), encoding="utf-8")
     print(f"wrote {options.out / 'running.md'}")
     return 0
 
@@ -131,6 +131,27 @@ def necessity(model: Transformer) -> list[tuple[str, float]]:
     return found
 
 
+def price_of_invariance(model: Transformer) -> tuple[float, float]:
+    """How many times as long an invariant engine takes: for a prompt of 512 tokens, and for a step of 16 sequences."""
+    prompts: dict[bool, list[float]] = {False: [], True: []}
+    steps: dict[bool, list[float]] = {False: [], True: []}
+    for _ in range(3):
+        for invariant in (False, True):
+            engine = Engine(model, memory=1 << 26, invariant=invariant)
+            engine.submit(Request(torch.arange(512).tolist(), 1))
+            began = time.perf_counter()
+            engine.run()
+            prompts[invariant].append(time.perf_counter() - began)
+            for first in range(16):
+                engine.submit(Request([first, 1], 20, stop_ids=frozenset()))
+            engine.step()
+            while engine.load.running:
+                began = time.perf_counter()
+                engine.step()
+                steps[invariant].append(time.perf_counter() - began)
+    return median(prompts[True]) / median(prompts[False]), median(steps[True]) / median(steps[False])
+
+
 def typical(acts: Sequence[Callable[[], object]], rounds: int = 4) -> float:
     """Seconds of one of some acts in turn, the first round left out."""
     seconds = []
@@ -177,6 +198,7 @@ def report(
     rows: dict[str, list[Row]],
     experts: Sequence[tuple[int, Row]],
     needed: Sequence[tuple[str, float]],
+    price: tuple[float, float],
     memory: int,
     called: Sequence[str],
 ) -> str:
@@ -219,6 +241,8 @@ Layers: {"natively" if not without_native() else without_native()}.
 - Verifying 5 tokens at a depth of 16,384 takes {times:.2f} times one token (asked: at most 1.5). With random weights
   five tokens meet other experts: they have to read {more:.2f} times as much, so that no program can do it in less.
 - A prompt of 4,096 tokens takes {memory / 1e6:,.0f} MB beside the weights and its cache (asked: under 500).
+- `Engine(invariant=True)`, in bfloat16: a prompt of 512 tokens takes {price[0]:.2f} times as long, a step of 16 sequences
+  {price[1]:.2f} times.
 
 ![by depth, company and experts](running.png)
 
