@@ -241,8 +241,8 @@ Layers: {"natively" if not without_native() else without_native()}.
 - Verifying 5 tokens at a depth of 16,384 takes {times:.2f} times one token (asked: at most 1.5). With random weights
   five tokens meet other experts: they have to read {more:.2f} times as much, so that no program can do it in less.
 - A prompt of 4,096 tokens takes {memory / 1e6:,.0f} MB beside the weights and its cache (asked: under 500).
-- `Engine(invariant=True)`, in bfloat16: a prompt of 512 tokens takes {price[0]:.2f} times as long, a step of 16 sequences
-  {price[1]:.2f} times.
+- `Engine(invariant=True)`, in bfloat16: a prompt of 512 tokens takes {price[0]:.2f} times as long, a step of 16
+  sequences {price[1]:.2f} times.
 
 ![by depth, company and experts](running.png)
 
