@@ -58,12 +58,14 @@ ASKED = {
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="mid, beside what the machine can do.")
     parser.add_argument("--without-peer", action="store_true", help="leave transformers out")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of every case, after warming up (2)")
     parser.add_argument("--memory", type=Path, help=argparse.SUPPRESS)  # the child that measures a prompt's memory
     parser.add_argument("--out", type=Path, default=Path("docs/results"), help="where page and figure go")
     options = parser.parse_args(arguments)
     if options.memory:
         print(memory_of_a_prompt(options.memory))
         return 0
+    bench_cases.SECONDS = options.seconds
     with TemporaryDirectory() as scratch, screen("Measuring mid", as_json=False) as listen:
         folders = checkpoints(Path(scratch))
         rows = {kind: measured(folders[kind], kind, not options.without_peer, listen) for kind in KINDS}
