@@ -113,7 +113,7 @@ def necessity(model: Transformer) -> list[tuple[str, float]]:
     """What share of the bandwidth torch reaches for one token, and what is reached natively."""
     head_VD = model.lm_head.weight
     weights = [head_VD.clone() for _ in range(-(-BUFFER // head_VD.nbytes))]  # in turn, so that no cache holds them
-    matrices, library = [native.matrix(weight) for weight in weights], BUILD.library()
+    matrices, library = [native.matrix(weight) for weight in weights], BUILD.get()
     x_1D = torch.randn(1, head_VD.shape[1])
     half_1D = x_1D.to(head_VD.dtype)
     compiled = torch.compile(F.linear)

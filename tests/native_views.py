@@ -81,7 +81,7 @@ def native_view(model: Transformer) -> Transformer:
     """The view of a model all of whose layers go natively."""
     view = quick(model)
     assert view is not model and isinstance(view.model, QuickTrunk) and view.model.chain is not None
-    assert BUILD.library(wait=True) is not None, BUILD.why_not()
+    assert BUILD.get(wait=True) is not None, BUILD.why_not()
     return view
 
 

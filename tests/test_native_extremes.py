@@ -30,7 +30,7 @@ SCALES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 def product(m: native.Matrix, x_TI: Tensor) -> Tensor:
-    library = BUILD.library(wait=True)
+    library = BUILD.get(wait=True)
     assert library is not None
     return native.product(library, m, x_TI)
 

@@ -66,7 +66,7 @@ def is_steady(model: Transformer, dispatch: Dispatch) -> bool:
     """Whether a token's logits are the same to the bit in any step of up to FEW tokens, now and later."""
     trunk, head = model.model, model.lm_head
     whole = isinstance(trunk, QuickTrunk) and trunk.chain is not None and isinstance(head, QuickLinear)
-    return whole and head.matrix is not None and _at_home(dispatch) and BUILD.library() is not None
+    return whole and head.matrix is not None and _at_home(dispatch) and BUILD.get() is not None
 
 
 def _at_home(dispatch: Dispatch) -> bool:
@@ -99,7 +99,7 @@ def _state(model: Transformer) -> tuple[object, ...]:
 
 def without_native() -> str | None:
     """Wait until kernels.native is built; why it cannot be used, if it cannot."""
-    BUILD.library(wait=True)
+    BUILD.get(wait=True)
     return BUILD.why_not()
 
 
@@ -149,7 +149,7 @@ class QuickLinear(nn.Module):
 
     def forward(self, x_TI: Tensor) -> Tensor:
         few = x_TI.ndim == 2 and (len(x_TI) <= FEW or RowBlocks.entered.get())
-        library = BUILD.library() if self.matrix is not None and few and not x_TI.requires_grad else None
+        library = BUILD.get() if self.matrix is not None and few and not x_TI.requires_grad else None
         if library and self.matrix is not None:
             return native.product(library, self.matrix, x_TI)
         if not isinstance(self.inner, nn.Linear) or self.weight.dtype == x_TI.dtype:
@@ -218,7 +218,7 @@ def _library(chain: native.Chain | None, attend: Attend, dispatch: Dispatch, tok
         rows = attend.cache.rows_MSL
     else:
         return None
-    return BUILD.library() if few and rows.dtype in native.KINDS and rows.device.type == "cpu" else None
+    return BUILD.get() if few and rows.dtype in native.KINDS and rows.device.type == "cpu" else None
 
 
 def _in_one_piece(

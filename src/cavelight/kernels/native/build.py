@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,7 +30,7 @@ class Build:
         self.reason: str | None = None
         self.thread: Thread | None = None
 
-    def library(self, wait: bool = False) -> ctypes.CDLL | None:
+    def get(self, wait: bool = False) -> ctypes.CDLL | None:
         """The library. None while it is being built in the background, unless told to wait, and if it cannot be."""
         if self.loaded is not None or self.reason is not None:
             return self.loaded
@@ -53,22 +54,15 @@ class Build:
     def _run(self) -> None:
         try:
             file = self._file()
-            self._compile(file)
-            self.loaded = ctypes.CDLL(str(file))
+            # By a process of its own, so that it comes to its end even if this one is over before.
+            command = [sys.executable, __file__, str(self.source), str(file)]
+            child = subprocess.run(command, start_new_session=True, capture_output=True, text=True, errors="replace")
+            if child.returncode:
+                self.reason = child.stderr.strip() or f"building ended with {child.returncode}"
+            else:
+                self.loaded = ctypes.CDLL(str(file))
         except Exception as error:  # whatever it is, there is a way without
-            self.reason = _told(error)
-
-    def _compile(self, file: Path) -> None:
-        found = [compiler for compiler in map(shutil.which, COMPILERS) if compiler]
-        if not found:
-            raise OSError("there is no C++ compiler (one of " + ", ".join(COMPILERS) + ")")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=file.parent) as folder:
-            made = Path(folder) / file.name
-            _run_one(found, [*FLAGS, "-o", str(made), str(self.source)])
-            content = made.read_bytes()
-            made.write_bytes(content + _sum(content))
-            os.replace(made, file)
+            self.reason = str(error)
 
     def _is_here(self) -> bool:
         """Load it if it was built before. One that is damaged, or another machine's, is built anew."""
@@ -77,7 +71,7 @@ class Build:
             content = file.read_bytes()
             if _sum(content[:-SUM_BYTES]) == content[-SUM_BYTES:]:  # loading half a library would kill the process
                 self.loaded = ctypes.CDLL(str(file))
-        except Exception:
+        except Exception:  # building it tells why, if that fails too
             self.loaded = None
         return self.loaded is not None
 
@@ -88,6 +82,20 @@ class Build:
             told.update(file.read_bytes())
         told.update(" ".join((*FLAGS, platform.machine(), _processor())).encode())
         return self.folder() / f"{self.source.stem}-{told.hexdigest()[:16]}.so"
+
+
+def compile_to(file: Path, source: Path) -> None:
+    """Build `file`, with its sum behind it: beside, then renamed. Raises whatever keeps it from that."""
+    compilers = [compiler for compiler in map(shutil.which, COMPILERS) if compiler]
+    if not compilers:
+        raise OSError("there is no C++ compiler (one of " + ", ".join(COMPILERS) + ")")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+        made = Path(folder) / file.name
+        _run_one(compilers, [*FLAGS, "-o", str(made), str(source)])
+        content = made.read_bytes()
+        made.write_bytes(content + _sum(content))
+        os.replace(made, file)
 
 
 def _sum(content: bytes) -> bytes:
@@ -121,6 +129,18 @@ def _processor() -> str:
 
 def _told(error: Exception) -> str:
     if isinstance(error, subprocess.CalledProcessError):
-        lines = [line for line in error.stderr.splitlines() if "error" in line] or error.stderr.splitlines() or [""]
+        lines = (
+            [line for line in error.stderr.splitlines() if "error" in line]
+            or error.stderr.splitlines()
+            or ["without a word"]
+        )
         return f"the C++ compiler failed: {lines[0]}"
     return str(error)
+
+
+if __name__ == "__main__":
+    try:
+        compile_to(source=Path(sys.argv[1]), file=Path(sys.argv[2]))
+    except Exception as error:  # told in one line, whatever it is
+        print(_told(error), file=sys.stderr)
+        sys.exit(1)
