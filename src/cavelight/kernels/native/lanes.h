@@ -58,20 +58,21 @@ inline float sum(v16 v) {  // halves on halves
     return v[0] + v[1];
 }
 
-// The sums of sixteen vectors, each added up as `sum` does.
+// The sums of sixteen vectors, each added up as `sum` does: half of a and half of b side by side, and on the others.
+#define HALVES(a, b, ...) (__builtin_shuffle(a, b, i16 __VA_ARGS__))
 __attribute__((always_inline)) inline v16 sums(const v16 *v) {
     v16 a[8], b[4], c[2];
     EACH for (int i = 0; i < 8; i++)
-        a[i] = __builtin_shuffle(v[2 * i], v[2 * i + 1], i16{0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23}) +
-               __builtin_shuffle(v[2 * i], v[2 * i + 1], i16{8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31});
+        a[i] = HALVES(v[2 * i], v[2 * i + 1], {0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23}) +
+               HALVES(v[2 * i], v[2 * i + 1], {8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31});
     EACH for (int i = 0; i < 4; i++)
-        b[i] = __builtin_shuffle(a[2 * i], a[2 * i + 1], i16{0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27}) +
-               __builtin_shuffle(a[2 * i], a[2 * i + 1], i16{4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31});
+        b[i] = HALVES(a[2 * i], a[2 * i + 1], {0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27}) +
+               HALVES(a[2 * i], a[2 * i + 1], {4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31});
     EACH for (int i = 0; i < 2; i++)
-        c[i] = __builtin_shuffle(b[2 * i], b[2 * i + 1], i16{0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29}) +
-               __builtin_shuffle(b[2 * i], b[2 * i + 1], i16{2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31});
-    return __builtin_shuffle(c[0], c[1], i16{0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30}) +
-           __builtin_shuffle(c[0], c[1], i16{1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31});
+        c[i] = HALVES(b[2 * i], b[2 * i + 1], {0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29}) +
+               HALVES(b[2 * i], b[2 * i + 1], {2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31});
+    return HALVES(c[0], c[1], {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30}) +
+           HALVES(c[0], c[1], {1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31});
 }
 
 inline v16 larger(v16 a, v16 b) { return a > b ? a : b; }

@@ -43,7 +43,8 @@ inline const float *arranged(int kind, const float *x, int64_t T, int64_t I, std
         float *to = room.data() + t * stride(I);
         for (int64_t i = 0; i < whole && parts > 1; i += step)
             for (int64_t part = 0; part < parts; part++)
-                for (int64_t lane = 0; lane < LANES; lane++) to[i + part * LANES + lane] = from[i + lane * parts + part];
+                for (int64_t lane = 0; lane < LANES; lane++)
+                    to[i + part * LANES + lane] = from[i + lane * parts + part];
         int64_t done = parts > 1 ? whole : 0;
         std::copy(from + done, from + I, to + done);
     }
@@ -70,7 +71,8 @@ inline void read_scales(const Matrix &m, int64_t first, int64_t count, float *sc
 
 // R rows of W with T rows of x. ahead: bytes to where memory will be read from soon, 0 to leave that to others.
 template <int kind, int R, int T>
-inline void tile(const Matrix &m, const uint8_t *row, int64_t scales, const float *x, int64_t ahead, float (&out)[R][T]) {
+inline void tile(const Matrix &m, const uint8_t *row, int64_t scales, const float *x, int64_t ahead,
+                 float (&out)[R][T]) {
     const int64_t I = m.columns, X = stride(I), step = STEP<kind>, whole = I / step * step;
     const int64_t group = std::min(m.group, I), groups = kind >= INT4 ? (I + group - 1) / group : 0;
     v16 sums[R][T] = {};
