@@ -60,7 +60,7 @@ def test_packed_sequences_see_only_themselves() -> None:
     torch.testing.assert_close(equal[3:6], attend.plain(q[:, 3:6], r[:, 3:6], rows[:, 3:6], k_up, v_up, 0.3)[0])
 
 
-@pytest.mark.parametrize("lengths", [(9, 9), (21,), (3, 3, 12, 1, 2), (8, 8, 5)])
+@pytest.mark.parametrize("lengths", [(9, 9), (21,), (3, 3, 12, 1, 2), (8, 8, 5), (2, 2, 2, 2, 2)])
 @pytest.mark.parametrize(("N", "R", "U"), [(6, 4, 5), (2, 2, 7), (4, 0, 4)])
 def test_the_way_back_through_packed_attention_equals_the_plain_one(
     lengths: tuple[int, ...], N: int, R: int, U: int, monkeypatch: pytest.MonkeyPatch
@@ -69,6 +69,7 @@ def test_the_way_back_through_packed_attention_equals_the_plain_one(
     monkeypatch.setattr(causal, "QUERIES", 4)
     monkeypatch.setattr(causal, "KEYS", 8)
     monkeypatch.setattr(causal, "SCORES_AT_ONCE", 64)
+    monkeypatch.setattr(causal, "TOKENS_AT_ONCE", 8)
     T, scale = sum(lengths), 0.7
     q, r, rows, k_up, v_up = attention_inputs(1, T, T, H=3, N=N, R=R, U=U, C=5, seed=2)
     flat = [q[0], r[0], rows[0, :, :5], rows[0, :, 5:], k_up, v_up]
@@ -85,6 +86,17 @@ def test_the_way_back_through_packed_attention_equals_the_plain_one(
         results.append([o.detach(), *torch.autograd.grad((o * weight).sum(), leaves)])
     for got, expected in zip(*results, strict=True):
         torch.testing.assert_close(got, expected, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("frozen", [4, 5], ids=["keys", "values"])
+def test_a_frozen_up_projection_leaves_the_others_gradient_as_it_is(frozen: int) -> None:
+    q, r, rows, k_up, v_up = attention_inputs(1, 6, 6, H=2, N=4, R=2, U=4, C=6, seed=1)
+    leaves = [t.clone().requires_grad_() for t in (q[0], r[0], rows[0, :, :6], rows[0, :, 6:], k_up, v_up)]
+    wanted = torch.autograd.grad(attend.packed(*leaves, (4, 2), 0.5).square().sum(), leaves)
+    leaves[frozen].requires_grad_(False)
+    attend.packed(*leaves, (4, 2), 0.5).square().sum().backward()
+    for place, leaf in enumerate(leaves):
+        assert leaf.grad is None if place == frozen else torch.equal(leaf.grad, wanted[place])
 
 
 def test_far_scores_neither_overflow_nor_leak_on_the_way_back() -> None:
