@@ -1,5 +1,7 @@
 """Each fast form against its plain twin: attention's two forms, grouped experts with their gradients, packing."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -205,6 +207,32 @@ def test_outputs_of_norms_that_are_made_anew_are_the_same_to_the_bit() -> None:
     with norm.outputs_remade():
         remade = gradients()
     assert all(torch.equal(one, other) for one, other in zip(kept, remade, strict=True))
+
+
+TWICE: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...]]] = {
+    "norm": (lambda *given: norm.rms(*given, 1e-6), ((3, 4), (4,))),
+    "feed-forward": (swiglu.swiglu, ((3, 4), (5, 4), (5, 4), (4, 5))),
+    "head": (lambda *given: cross_entropy.linear(*given, torch.arange(3), -100), ((3, 4), (7, 4))),
+    "experts": (
+        lambda x, *given: experts.grouped(x, torch.tensor([[0], [2], [0]]), *given),
+        ((3, 4), (3, 1), (3, 5, 4), (3, 5, 4), (3, 4, 5)),
+    ),
+    "attention": (
+        lambda *given: attend.packed(*given, (2, 1), 1.0),
+        ((3, 2, 4), (3, 2, 2), (3, 5), (3, 2), (2, 4, 5), (2, 4, 5)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TWICE)
+def test_nothing_that_is_differentiated_by_hand_is_so_twice(name: str) -> None:
+    """What is kept between the passes is no part of the graph: a second derivative would be wrong without a word."""
+    form, shapes = TWICE[name]
+    generator = torch.Generator().manual_seed(0)
+    leaves = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+    first = torch.autograd.grad(form(*leaves).square().sum(), leaves, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        torch.stack([gradient.square().sum() for gradient in first]).sum().backward()
 
 
 def test_cross_entropy_without_labels_is_nothing() -> None:

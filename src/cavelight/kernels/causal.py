@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 QUERIES, KEYS = 128, 512  # of a block: KEYS a multiple of QUERIES
 TOKENS_AT_ONCE = 2048  # of sequences that go through together: a share of a batch's keys and values stands at a time
@@ -62,6 +63,7 @@ class _Causal(torch.autograd.Function):
         return o_THU
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q_HTW, c_TC, k_rope_TR, k_up_HNC, v_up_HUC, o_THU, logsumexp_HT1 = ctx.saved_tensors
         (do_THU,), N, U = grads, k_up_HNC.shape[1], v_up_HUC.shape[1]
