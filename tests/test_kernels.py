@@ -209,6 +209,30 @@ def test_outputs_of_norms_that_are_made_anew_are_the_same_to_the_bit() -> None:
     assert all(torch.equal(one, other) for one, other in zip(kept, remade, strict=True))
 
 
+def test_what_a_norm_made_is_remade_once_and_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is it taken for its transpose, which lies at the same address in the same shape."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight, matrix = (torch.randn(shape, generator=generator).requires_grad_() for shape in ((6, 6), (6,), (4, 6)))
+    made: list[Tensor] = []
+    scaled = norm._scaled
+    monkeypatch.setattr(norm, "_scaled", lambda *given: made.append(scaled(*given)) or made[-1])
+    with norm.outputs_remade():
+        y = norm.rms(x, weight, 1e-6)
+        z = (y @ matrix.mT).square().sum() + (y @ matrix.mT).sum() + (y.mT * 2).square().sum()
+    node, address = y.grad_fn, y.data_ptr()
+    assert norm._outputs[address] is y
+    made.clear()
+    del y
+    assert address not in norm._outputs
+    gradients = torch.autograd.grad(z, (x, weight, matrix))
+    assert len(made) == 1
+    assert node.output is None
+    plainly = norm.plain(x, weight, 1e-6)
+    z = (plainly @ matrix.mT).square().sum() + (plainly @ matrix.mT).sum() + (plainly * 2).square().sum()
+    for got, expected in zip(gradients, torch.autograd.grad(z, (x, weight, matrix)), strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-5)
+
+
 TWICE: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...]]] = {
     "norm": (lambda *given: norm.rms(*given, 1e-6), ((3, 4), (4,))),
     "feed-forward": (swiglu.swiglu, ((3, 4), (5, 4), (5, 4), (4, 5))),
