@@ -10,6 +10,7 @@ from cavelight.model.transformer import Transformer
 from cavelight.spec.presets import preset
 from cavelight.spec.sections import TrainSection
 from cavelight.spec.shapes import parameters
+from cavelight.train.adamw import AdamW
 from cavelight.train.muon import Muon, orthogonal
 from cavelight.train.optim import Optimizer, initialise
 
@@ -129,6 +130,13 @@ def test_bfloat16_moments_are_rounded_ones_and_are_kept() -> None:
         one_step(its, some_gradients(each, 2))
     for (name, weight), other in zip(model.named_parameters(), again_model.parameters(), strict=True):
         assert torch.equal(weight, other), name
+
+
+def test_all_of_a_parameters_state_lies_where_it_lies() -> None:
+    """Its count of steps too, which torch's kernel of an accelerator reads there."""
+    parameter = nn.Parameter(torch.empty(2, 3, device="meta"))
+    moments = AdamW([[parameter]], (0.9, 0.95)).moments[parameter]
+    assert {tensor.device.type for tensor in moments.values()} == {"meta"}
 
 
 # Muon

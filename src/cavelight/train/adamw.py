@@ -26,7 +26,7 @@ class AdamW:
         self.groups, self.betas, self.dtype = [list(group) for group in groups], betas, dtype
         self.moments = {
             parameter: {
-                "step": torch.zeros((), dtype=torch.float32),
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
                 "exp_avg": torch.zeros(parameter.shape, dtype=dtype, device=parameter.device),
                 "exp_avg_sq": torch.zeros(parameter.shape, dtype=dtype, device=parameter.device),
             }
