@@ -73,8 +73,11 @@ class AdamW:
 
     @torch.no_grad()
     def load_state(self, state: dict[str, Any]) -> None:
-        """Of the same groups. What is not in it, since no gradient had reached it, begins anew."""
+        """Of the same groups, whatever its moments' dtype, torch.optim.AdamW's too.
+
+        That one, in saves of earlier versions, has none of what no gradient had reached: it begins anew.
+        """
         for place, moments in enumerate(self.moments.values()):
+            kept: dict[str, Tensor] = state["state"].get(place, {})
             for kind, tensor in moments.items():
-                kept: dict[str, Tensor] = state["state"].get(place, {})
                 tensor.copy_(kept[kind]) if kept else tensor.zero_()
