@@ -1,14 +1,17 @@
 """What the optimizer writes: AdamW by hand, Muon beside torch's, states kept and put back."""
 
+from contextlib import nullcontext
 from copy import deepcopy
 
 import pytest
 import torch
 from torch import nn
 
+from cavelight.errors import UserError
 from cavelight.model.transformer import Transformer
 from cavelight.spec.presets import preset
-from cavelight.spec.sections import TrainSection
+from cavelight.spec.recipe import Recipe
+from cavelight.spec.sections import BFLOAT16_MOVES, TrainSection
 from cavelight.spec.shapes import parameters
 from cavelight.train.adamw import AdamW
 from cavelight.train.muon import Muon, orthogonal
@@ -183,6 +186,25 @@ def test_all_of_a_parameters_state_lies_where_it_lies() -> None:
     parameter = nn.Parameter(torch.empty(2, 3, device="meta"))
     moments = AdamW([[parameter]], (0.9, 0.95)).moments[parameter]
     assert {tensor.device.type for tensor in moments.values()} == {"meta"}
+
+
+@pytest.mark.parametrize("name", ["beta1", "beta2"])
+def test_bfloat16_moments_that_would_stand_still_are_refused(name: str) -> None:
+    """A step without a gradient moves whatever a moment may be up to the largest beta, and not all of it beyond."""
+    values = torch.arange(1.0, 2.0, 2**-7).bfloat16()
+    for beta, moves in ((BFLOAT16_MOVES, True), (0.997, False)):
+        parameter = nn.Parameter(torch.zeros_like(values, dtype=torch.float32))
+        adamw = AdamW([[parameter]], (beta, beta), torch.bfloat16)
+        for kind in ("exp_avg", "exp_avg_sq"):
+            adamw.moments[parameter][kind].copy_(values)
+        parameter.grad = torch.zeros_like(parameter)
+        adamw.step([0.1], [0.0])
+        for kind in ("exp_avg", "exp_avg_sq"):
+            assert bool((adamw.moments[parameter][kind] < values).all()) == moves, (beta, kind)
+        told = {"data": {"row_length": 64}, "train": {"steps": 1, name: beta}}
+        Recipe.build(told)
+        with nullcontext() if moves else pytest.raises(UserError, match=f"stand still: a step of {name} above 0.996"):
+            Recipe.build(told, ["train.moments=bfloat16"])
 
 
 # Muon
