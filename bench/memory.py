@@ -75,6 +75,7 @@ class Training(Case):
     rows: int = 4
     micro: int = 4
     threads: int = 2
+    moments: Dtype = "float32"
 
     @property
     def settings(self) -> str:
@@ -88,6 +89,7 @@ class Training(Case):
             micro_rows=self.micro,
             threads=self.threads,
             dtype=self.dtype,
+            moments=self.moments,
             runtime=runtime,
         )
 
@@ -129,6 +131,7 @@ TRAINING = (
     Training(
         "many parameters, few tokens", changes={"num_hidden_layers": 12, "vocab_size": 16_384}, row=64, rows=2, micro=2
     ),
+    Training("bfloat16 moments", changes={"num_hidden_layers": 12}, row=64, rows=2, micro=2, moments="bfloat16"),
     Training("many small experts", changes={**FEW, "hidden_size": 256, "n_routed_experts": 64}, rows=2, micro=2),
     Training("bfloat16", changes=FEW, dtype="bfloat16", row=128),
     Training("bfloat16, two at once", changes=FEW, dtype="bfloat16", row=128, micro=2),
@@ -193,6 +196,7 @@ class Bench:
             "train.rows_per_step": case.rows,
             "train.rows_per_microbatch": case.micro,
             "train.dtype": case.dtype,
+            "train.moments": case.moments,
             "train.steps": 3,
         }
         if self.tokenizer.exists():

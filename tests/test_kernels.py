@@ -1,5 +1,7 @@
 """Each fast form against its plain twin: attention's two forms, grouped experts with their gradients, packing."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -60,7 +62,7 @@ def test_packed_sequences_see_only_themselves() -> None:
     torch.testing.assert_close(equal[3:6], attend.plain(q[:, 3:6], r[:, 3:6], rows[:, 3:6], k_up, v_up, 0.3)[0])
 
 
-@pytest.mark.parametrize("lengths", [(9, 9), (21,), (3, 3, 12, 1, 2), (8, 8, 5)])
+@pytest.mark.parametrize("lengths", [(9, 9), (21,), (3, 3, 12, 1, 2), (8, 8, 5), (2, 2, 2, 2, 2)])
 @pytest.mark.parametrize(("N", "R", "U"), [(6, 4, 5), (2, 2, 7), (4, 0, 4)])
 def test_the_way_back_through_packed_attention_equals_the_plain_one(
     lengths: tuple[int, ...], N: int, R: int, U: int, monkeypatch: pytest.MonkeyPatch
@@ -69,6 +71,7 @@ def test_the_way_back_through_packed_attention_equals_the_plain_one(
     monkeypatch.setattr(causal, "QUERIES", 4)
     monkeypatch.setattr(causal, "KEYS", 8)
     monkeypatch.setattr(causal, "SCORES_AT_ONCE", 64)
+    monkeypatch.setattr(causal, "TOKENS_AT_ONCE", 8)
     T, scale = sum(lengths), 0.7
     q, r, rows, k_up, v_up = attention_inputs(1, T, T, H=3, N=N, R=R, U=U, C=5, seed=2)
     flat = [q[0], r[0], rows[0, :, :5], rows[0, :, 5:], k_up, v_up]
@@ -85,6 +88,17 @@ def test_the_way_back_through_packed_attention_equals_the_plain_one(
         results.append([o.detach(), *torch.autograd.grad((o * weight).sum(), leaves)])
     for got, expected in zip(*results, strict=True):
         torch.testing.assert_close(got, expected, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("frozen", [4, 5], ids=["keys", "values"])
+def test_a_frozen_up_projection_leaves_the_others_gradient_as_it_is(frozen: int) -> None:
+    q, r, rows, k_up, v_up = attention_inputs(1, 6, 6, H=2, N=4, R=2, U=4, C=6, seed=1)
+    leaves = [t.clone().requires_grad_() for t in (q[0], r[0], rows[0, :, :6], rows[0, :, 6:], k_up, v_up)]
+    wanted = torch.autograd.grad(attend.packed(*leaves, (4, 2), 0.5).square().sum(), leaves)
+    leaves[frozen].requires_grad_(False)
+    attend.packed(*leaves, (4, 2), 0.5).square().sum().backward()
+    for place, leaf in enumerate(leaves):
+        assert leaf.grad is None if place == frozen else torch.equal(leaf.grad, wanted[place])
 
 
 def test_far_scores_neither_overflow_nor_leak_on_the_way_back() -> None:
@@ -193,6 +207,56 @@ def test_outputs_of_norms_that_are_made_anew_are_the_same_to_the_bit() -> None:
     with norm.outputs_remade():
         remade = gradients()
     assert all(torch.equal(one, other) for one, other in zip(kept, remade, strict=True))
+
+
+def test_what_a_norm_made_is_remade_once_and_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is it taken for its transpose, which lies at the same address in the same shape."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight, matrix = (torch.randn(shape, generator=generator).requires_grad_() for shape in ((6, 6), (6,), (4, 6)))
+    made: list[Tensor] = []
+    scaled = norm._scaled
+    monkeypatch.setattr(norm, "_scaled", lambda *given: made.append(scaled(*given)) or made[-1])
+    with norm.outputs_remade():
+        y = norm.rms(x, weight, 1e-6)
+        z = (y @ matrix.mT).square().sum() + (y @ matrix.mT).sum() + (y.mT * 2).square().sum()
+    node, address = y.grad_fn, y.data_ptr()
+    assert norm._outputs[address] is y
+    made.clear()
+    del y
+    assert address not in norm._outputs
+    gradients = torch.autograd.grad(z, (x, weight, matrix))
+    assert len(made) == 1
+    assert node.output is None
+    plainly = norm.plain(x, weight, 1e-6)
+    z = (plainly @ matrix.mT).square().sum() + (plainly @ matrix.mT).sum() + (plainly * 2).square().sum()
+    for got, expected in zip(gradients, torch.autograd.grad(z, (x, weight, matrix)), strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-5)
+
+
+TWICE: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...]]] = {
+    "norm": (lambda *given: norm.rms(*given, 1e-6), ((3, 4), (4,))),
+    "feed-forward": (swiglu.swiglu, ((3, 4), (5, 4), (5, 4), (4, 5))),
+    "head": (lambda *given: cross_entropy.linear(*given, torch.arange(3), -100), ((3, 4), (7, 4))),
+    "experts": (
+        lambda x, *given: experts.grouped(x, torch.tensor([[0], [2], [0]]), *given),
+        ((3, 4), (3, 1), (3, 5, 4), (3, 5, 4), (3, 4, 5)),
+    ),
+    "attention": (
+        lambda *given: attend.packed(*given, (2, 1), 1.0),
+        ((3, 2, 4), (3, 2, 2), (3, 5), (3, 2), (2, 4, 5), (2, 4, 5)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TWICE)
+def test_nothing_that_is_differentiated_by_hand_is_so_twice(name: str) -> None:
+    """What is kept between the passes is no part of the graph: a second derivative would be wrong without a word."""
+    form, shapes = TWICE[name]
+    generator = torch.Generator().manual_seed(0)
+    leaves = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+    first = torch.autograd.grad(form(*leaves).square().sum(), leaves, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        torch.stack([gradient.square().sum() for gradient in first]).sum().backward()
 
 
 def test_cross_entropy_without_labels_is_nothing() -> None:

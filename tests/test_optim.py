@@ -1,15 +1,19 @@
 """What the optimizer writes: AdamW by hand, Muon beside torch's, states kept and put back."""
 
+from contextlib import nullcontext
 from copy import deepcopy
 
 import pytest
 import torch
 from torch import nn
 
+from cavelight.errors import UserError
 from cavelight.model.transformer import Transformer
 from cavelight.spec.presets import preset
-from cavelight.spec.sections import TrainSection
+from cavelight.spec.recipe import Recipe
+from cavelight.spec.sections import BFLOAT16_MOVES, TrainSection
 from cavelight.spec.shapes import parameters
+from cavelight.train.adamw import AdamW
 from cavelight.train.muon import Muon, orthogonal
 from cavelight.train.optim import Optimizer, initialise
 
@@ -129,6 +133,78 @@ def test_bfloat16_moments_are_rounded_ones_and_are_kept() -> None:
         one_step(its, some_gradients(each, 2))
     for (name, weight), other in zip(model.named_parameters(), again_model.parameters(), strict=True):
         assert torch.equal(weight, other), name
+
+
+def test_a_state_of_torchs_adamw_goes_on_and_what_no_gradient_had_reached_begins_anew() -> None:
+    """Saves of earlier versions hold such states."""
+    start = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0))
+    theirs, ours = ([nn.Parameter(value.clone()) for value in start] for _ in range(2))
+    groups = [{"params": theirs[:1], "weight_decay": 0.0}, {"params": theirs[1:], "weight_decay": 0.1}]
+    witness = torch.optim.AdamW(groups, lr=0.01, betas=(0.9, 0.95), fused=True)
+    adamw = AdamW([ours[:1], ours[1:]], (0.9, 0.95))
+
+    def gradients(parameters: list[nn.Parameter], reached: list[int], seed: int) -> None:
+        drawn = torch.randn(start.shape, generator=torch.Generator().manual_seed(seed))
+        for place, parameter in enumerate(parameters):
+            parameter.grad = drawn[place].clone() if place in reached else None
+
+    gradients(theirs, [0, 2], seed=1)
+    witness.step()
+    for moments in adamw.moments.values():  # of a run that had gone on when it goes back
+        for tensor in moments.values():
+            tensor.fill_(7)
+    adamw.load_state(deepcopy(witness.state_dict()))
+    for one, other in zip(ours, theirs, strict=True):
+        one.data.copy_(other.data)
+    for seed, reached in ((2, [0, 1, 2]), (3, [1])):
+        for each in (ours, theirs):
+            gradients(each, reached, seed)
+        witness.step()
+        adamw.step([0.01, 0.01], [0.0, 0.1])
+        assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
+
+
+def test_a_run_may_go_on_with_other_moments() -> None:
+    """Rounded, or widened without a loss."""
+    narrow = RATES.model_copy(update={"moments": "bfloat16"})
+    model, optimizer = fresh(RATES)
+    one_step(optimizer, some_gradients(model, 1))
+    _, rounded = fresh(narrow)
+    rounded.load_state(deepcopy(optimizer.state()))
+    _, widened = fresh(RATES)
+    widened.load_state(deepcopy(rounded.state()))
+    every = (its.adamw.moments.values() for its in (optimizer, rounded, widened))
+    for first, second, third in zip(*every, strict=True):
+        assert first["step"] == second["step"] == third["step"] == 1
+        for kind in ("exp_avg", "exp_avg_sq"):
+            assert torch.equal(second[kind], first[kind].bfloat16())
+            assert torch.equal(third[kind], second[kind].float())
+
+
+def test_all_of_a_parameters_state_lies_where_it_lies() -> None:
+    """Its count of steps too, which torch's kernel of an accelerator reads there."""
+    parameter = nn.Parameter(torch.empty(2, 3, device="meta"))
+    moments = AdamW([[parameter]], (0.9, 0.95)).moments[parameter]
+    assert {tensor.device.type for tensor in moments.values()} == {"meta"}
+
+
+@pytest.mark.parametrize("name", ["beta1", "beta2"])
+def test_bfloat16_moments_that_would_stand_still_are_refused(name: str) -> None:
+    """A step without a gradient moves whatever a moment may be up to the largest beta, and not all of it beyond."""
+    values = torch.arange(1.0, 2.0, 2**-7).bfloat16()
+    for beta, moves in ((BFLOAT16_MOVES, True), (0.997, False)):
+        parameter = nn.Parameter(torch.zeros_like(values, dtype=torch.float32))
+        adamw = AdamW([[parameter]], (beta, beta), torch.bfloat16)
+        for kind in ("exp_avg", "exp_avg_sq"):
+            adamw.moments[parameter][kind].copy_(values)
+        parameter.grad = torch.zeros_like(parameter)
+        adamw.step([0.1], [0.0])
+        for kind in ("exp_avg", "exp_avg_sq"):
+            assert bool((adamw.moments[parameter][kind] < values).all()) == moves, (beta, kind)
+        told = {"data": {"row_length": 64}, "train": {"steps": 1, name: beta}}
+        Recipe.build(told)
+        with nullcontext() if moves else pytest.raises(UserError, match=f"stand still: a step of {name} above 0.996"):
+            Recipe.build(told, ["train.moments=bfloat16"])
 
 
 # Muon

@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from unittest.mock import patch
 
 import pytest
@@ -29,10 +29,11 @@ from cavelight.run import generate
 from cavelight.spec import cost
 from cavelight.spec.config import ModelConfig
 from cavelight.spec.presets import preset
+from cavelight.spec.sections import TrainSection
 from cavelight.spec.shapes import parameters
 from cavelight.train import evaluate
 from cavelight.train.loss import losses
-from cavelight.train.optim import initialise
+from cavelight.train.optim import Optimizer, initialise
 
 V3, NANO = preset("deepseek-v3"), preset("nano")
 REPORT = Layout.of("dp=128,ep=64,pp=16,zero=1,recompute=selective,schedule=dualpipe")
@@ -241,6 +242,32 @@ def test_our_training_grows_with_what_is_under_way(row: int, micro: int, threads
     assert total(row, 80 * micro, micro, threads) == one  # further micro-batches take time, not memory
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_bfloat16_moments_halve_the_optimizer_and_what_it_saves(dtype: passes.Dtype) -> None:
+    config = preset("demo")
+    model = Transformer(config, getattr(torch, dtype))
+    bytes_of: dict[passes.Dtype, tuple[int, int]] = {}
+    for moments in get_args(passes.Dtype):
+        kept = Optimizer(model, TrainSection(moments=moments)).state()
+        tensors = [t for state in kept["adamw"]["state"].values() for kind, t in state.items() if kind != "step"]
+        optimizer = sum(t.nbytes for t in tensors)
+        bytes_of[moments] = optimizer, optimizer + sum(t.nbytes for t in kept["masters"].values())
+        parts = training_here(config, row=256, rows=4, dtype=dtype, moments=moments).parts
+        assert (parts["optimizer"], parts["save under way"]) == bytes_of[moments]
+    assert bytes_of["float32"][0] == 2 * bytes_of["bfloat16"][0]
+
+
+def test_an_update_widens_the_moments_of_one_parameter() -> None:
+    """Where few tokens keep little, that is the most of a step: beside the gradients of all."""
+    config = preset("demo").replace(num_hidden_layers=2, n_routed_experts=2048)
+    wide, narrow = (training_here(config, row=1, rows=1, moments=m).parts for m in ("float32", "bfloat16"))
+    elements = narrow["weights"] // 4
+    largest = 2048 * config.moe_intermediate_size * config.hidden_size
+    assert narrow["activations and gradients"] == 4 * elements + 8 * largest > wide["activations and gradients"]
+    many = (training_here(config, row=4096, rows=16, moments=m).parts for m in ("float32", "bfloat16"))
+    assert len({parts["activations and gradients"] for parts in many}) == 1
+
+
 @given(prompt=st.integers(1, 3000), new=st.integers(1, 1000), more=st.integers(1, 500))
 def test_our_decoding_grows_with_prompt_and_answer(prompt: int, new: int, more: int) -> None:
     config = preset("small").replace(max_position_embeddings=100_000)
@@ -253,8 +280,6 @@ def test_our_decoding_grows_with_prompt_and_answer(prompt: int, new: int, more: 
 MEASURED = """
 import json, sys
 from pathlib import Path
-from typing import Any
-from unittest.mock import patch
 from bench.peak import peak_bytes
 from cavelight.plan.here import training_here
 from cavelight.spec.recipe import Recipe

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 QUERIES, KEYS = 128, 512  # of a block: KEYS a multiple of QUERIES
 TOKENS_AT_ONCE = 2048  # of sequences that go through together: a share of a batch's keys and values stands at a time
@@ -62,10 +63,11 @@ class _Causal(torch.autograd.Function):
         return o_THU
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q_HTW, c_TC, k_rope_TR, k_up_HNC, v_up_HUC, o_THU, logsumexp_HT1 = ctx.saved_tensors
         (do_THU,), N, U = grads, k_up_HNC.shape[1], v_up_HUC.shape[1]
-        X = N + k_rope_TR.shape[1]
+        X, ups_wanted = N + k_rope_TR.shape[1], ctx.needs_input_grad[4:6]
         dq_THX, dc_TC, dk_rope_TR = (torch.empty_like(t) for t in (q_HTW[..., :X].transpose(0, 1), c_TC, k_rope_TR))
         dk_up_YC, dv_up_YC = (torch.zeros_like(up.flatten(0, 1)) for up in (k_up_HNC, v_up_HUC))
         for some, B in _sequences(ctx.lengths):
@@ -86,9 +88,9 @@ class _Causal(torch.autograd.Function):
             torch.sum(dk_HTX[..., N:], dim=0, out=dk_rope_TR[some])
             dk_TY, dv_TY = (d_HTX.transpose(0, 1).flatten(1) for d_HTX in (dk_HTX[..., :N], dv_HTU))
             torch.mm(dk_TY, k_up_HNC.flatten(0, 1), out=dc_TC[some]).addmm_(dv_TY, v_up_HUC.flatten(0, 1))
-            if ctx.needs_input_grad[4]:  # else they are constants
-                dk_up_YC.addmm_(dk_TY.mT, c_TC[some])
-                dv_up_YC.addmm_(dv_TY.mT, c_TC[some])
+            for wanted, dup_YC, d_TY in zip(ups_wanted, (dk_up_YC, dv_up_YC), (dk_TY, dv_TY), strict=True):
+                if wanted:  # else it is a constant
+                    dup_YC.addmm_(d_TY.mT, c_TC[some])
         dk_up_HNC, dv_up_HUC = dk_up_YC.view_as(k_up_HNC), dv_up_YC.view_as(v_up_HUC)
         return dq_THX[..., :N], dq_THX[..., N:], dc_TC, dk_rope_TR, dk_up_HNC, dv_up_HUC, None, None
 
@@ -145,7 +147,7 @@ def _sequences(lengths: Sequence[int]) -> Iterator[tuple[slice, int]]:
     for length, same in groupby(lengths):
         left = len(list(same))
         while left:
-            count = min(left, max(TOKENS_AT_ONCE // max(length, 1), 1))
+            count = min(left, max(TOKENS_AT_ONCE // length, 1))
             yield slice(start, start + count * length), count
             start, left = start + count * length, left - count
 

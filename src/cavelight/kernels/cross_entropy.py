@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 LOGITS_AT_ONCE = 1 << 22  # 16 MB in float32: little to hold, and enough rows for a matrix product
 FEWEST_TOKENS = 64
@@ -54,6 +55,7 @@ class _Linear(torch.autograd.Function):
         return nll
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         dhidden_TD, dweight_VD = ctx.saved_tensors
         return dhidden_TD * grads[0], dweight_VD * grads[0], None, None

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 SMALL_MATRIX = 1 << 16  # elements of one expert's matrix that are quicker copied than sorted for
 FEW_PAIRS = 32
@@ -92,6 +93,7 @@ class _Grouped(torch.autograd.Function):
         return y_TD.to(x_TD.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x_TD, gate_RF, up_RF, weights_R1, slots_TK, tokens_R, *matrices = ctx.saved_tensors
         (dy_TD,), (gate_EFD, up_EFD, down_EDF) = grads, matrices

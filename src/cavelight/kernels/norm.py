@@ -11,6 +11,7 @@ from weakref import WeakValueDictionary
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def rms(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -73,6 +74,7 @@ class _RMS(torch.autograd.Function):
         return _scaled(x_TD, rstd_T1, weight_D)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x_TD, weight_D, rstd_T1 = ctx.saved_tensors
         ctx.output = None

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 AT_ONCE = 1 << 19  # numbers of the hidden layer: what is computed from them stays in cache
 
@@ -40,6 +41,7 @@ class _SwiGLU(torch.autograd.Function):
         return y_TD
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
         x_TD, gate_TF, up_TF, gate_FD, up_FD, down_DF = ctx.saved_tensors
         dx_TD = torch.empty_like(x_TD)

@@ -34,14 +34,17 @@ def training_here(
     micro_rows: int | None = None,
     threads: int = 1,
     dtype: Dtype = "float32",
+    moments: Dtype = "float32",
     runtime: int = RUNTIME,
 ) -> Memory:
     """The peak of `cavelight train`: rows of `row` tokens, `rows` a step, `micro_rows` at once on each of `threads`.
 
-    runtime: what the same program takes with next to no model, on the machine in question.
+    dtype, moments: as `train` of a recipe has them; AdamW takes all parameters. runtime: what the same program takes
+    with next to no model, on the machine in question.
     """
-    b, table = width(dtype), parameters(config)
-    elements = sum(p.size for p in table if p.role != "routing_bias")
+    b = width(dtype)
+    sizes = [p.size for p in parameters(config) if p.role != "routing_bias"]
+    elements, both = sum(sizes), 2 * width(moments)
     micro_rows = micro_rows or rows
     count = rows // micro_rows
     side = min(threads, count)
@@ -49,13 +52,15 @@ def training_here(
     step = summed + side * walk(sections(config, micro_rows, row, dtype))
     if b == 2:
         step = max(step, (4 + 2 * side) * elements)  # the first sums are float32 copies, made before the others go
+    if moments == "bfloat16":
+        step = max(step, 4 * elements + 8 * max(sizes))  # a parameter's moments are widened beside all gradients
     evaluation = threads * forward_bytes(config, EVALUATED_AT_ONCE, dtype)
     churn = max(step, evaluation)
     parts = {
         "weights": b * elements,
         "masters": 4 * elements if b == 2 else 0,
-        "optimizer": 8 * elements,
-        "save under way": 12 * elements,  # a copy of masters and moments, written while training goes on
+        "optimizer": both * elements,
+        "save under way": (4 + both) * elements,  # a copy of masters and moments, written while training goes on
         "activations and gradients": churn,
         "holes": round(HOLES * side * 4 * elements),
         "runtime": runtime,

@@ -77,6 +77,9 @@ V3_SCHEDULE = (
 )
 
 
+BFLOAT16_MOVES = 1 - 2**-8  # a moment that a step shrinks by less is rounded back to what it was
+
+
 class TrainSection(Section):
     """Optimisation and losses. Defaults are the report's (V3, section 4.2), where it names them.
 
@@ -138,6 +141,16 @@ class TrainSection(Section):
         total = sum(stage.share for stage in self.schedule)
         if abs(total - 1) > 1e-6:
             raise ValueError(f"the schedule's shares add up to {total:.6g}, not to 1")
+        return self
+
+    @model_validator(mode="after")
+    def _check_moments(self) -> Self:
+        slow = [name for name in ("beta1", "beta2") if getattr(self, name) > BFLOAT16_MOVES]
+        if self.moments == "bfloat16" and slow:
+            raise ValueError(
+                f"moments in bfloat16 would stand still: a step of {' and '.join(slow)} above {BFLOAT16_MOVES:.3f} is "
+                "less than half of their last digit; take smaller ones, or moments in float32"
+            )
         return self
 
     @field_validator("init_stds")

@@ -26,7 +26,7 @@ class AdamW:
         self.groups, self.betas, self.dtype = [list(group) for group in groups], betas, dtype
         self.moments = {
             parameter: {
-                "step": torch.zeros((), dtype=torch.float32),
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
                 "exp_avg": torch.zeros(parameter.shape, dtype=dtype, device=parameter.device),
                 "exp_avg_sq": torch.zeros(parameter.shape, dtype=dtype, device=parameter.device),
             }
@@ -73,8 +73,11 @@ class AdamW:
 
     @torch.no_grad()
     def load_state(self, state: dict[str, Any]) -> None:
-        """Of the same groups. What is not in it, since no gradient had reached it, begins anew."""
+        """Of the same groups, whatever its moments' dtype, torch.optim.AdamW's too.
+
+        That one, in saves of earlier versions, has none of what no gradient had reached: it begins anew.
+        """
         for place, moments in enumerate(self.moments.values()):
+            kept: dict[str, Tensor] = state["state"].get(place, {})
             for kind, tensor in moments.items():
-                kept: dict[str, Tensor] = state["state"].get(place, {})
                 tensor.copy_(kept[kind]) if kept else tensor.zero_()
