@@ -35,9 +35,10 @@ struct Piece {  // of one sequence's past, for all its queries
     int64_t span, first, last, out;  // positions; index of its first group's sums
 };
 
-constexpr int64_t BLOCK = 64;  // positions that are looked at together
-constexpr int ROWS = 16;       // of these at once,
-constexpr int COLUMNS = 96;    // and of each so many numbers, which a core's first cache holds
+constexpr int64_t BLOCK = 128;  // positions that are looked at together
+constexpr int64_t LATER = 64;   // so many after a row, another one is fetched meanwhile
+constexpr int ROWS = 16;        // looked at at once,
+constexpr int COLUMNS = 96;     // and of each so many numbers, which a core's first cache holds
 constexpr float LOWEST = -3.4e38f;  // below every score: minus infinity would be NaN where it is subtracted from itself
 
 inline int64_t groups_of(const Span &span, int64_t H) { return (span.count * H + LANES - 1) / LANES; }
@@ -58,16 +59,34 @@ inline v16 numbers(const uint8_t *row, int64_t i) {
     return load<v16>(row + 4 * i);
 }
 
-// scores[g][row][lane] of sixteen rows for all groups' queries [G][L][16]. next: rows that will be wanted later.
+// Where a row's number i stands when it is scored: of 32 in bfloat16 first those at even places, then those at odd
+// ones, since so they are quickest to widen.
+inline int64_t place(int64_t i, int64_t L, bool half) {
+    return half && i < L / 32 * 32 ? i / 32 * 32 + i % 2 * LANES + i % 32 / 2 : i;
+}
+
+// 32 numbers of a row in the order of `place`.
+template <bool half>
+inline void unfold(const uint8_t *row, int64_t i, float *to) {
+    if constexpr (half) {
+        i16 both = load<i16>(row + 2 * i);
+        store(to, as_float(both << 16)), store(to + LANES, as_float(both & ~0xffff));
+    } else {
+        store(to, load<v16>(row + 4 * i)), store(to + LANES, load<v16>(row + 4 * (i + LANES)));
+    }
+}
+
+// scores[g][row][lane] of sixteen rows for all groups' queries [G][L][16], each number at its `place`.
+// next: rows that will be wanted later.
 template <bool half>
 inline void score(const uint8_t *const *rows, const uint8_t *next, int64_t L, int64_t G, const float *queries,
                   float *scores, int64_t stride) {
     float wide[ROWS][COLUMNS];
     for (int64_t from = 0; from < L; from += COLUMNS) {
         const int64_t count = std::min<int64_t>(COLUMNS, L - from);
-        int64_t whole = count / LANES * LANES;
-        for (int64_t i = 0; i < whole; i += LANES)
-            EACH for (int r = 0; r < ROWS; r++) store(&wide[r][i], numbers<half>(rows[r], from + i));
+        int64_t whole = count / 32 * 32;
+        for (int64_t i = 0; i < whole; i += 32)
+            EACH for (int r = 0; r < ROWS; r++) unfold<half>(rows[r], from + i, &wide[r][i]);
         for (int64_t i = whole; i < count; i++)
             for (int r = 0; r < ROWS; r++) {
                 if constexpr (half) wide[r][i] = widen(load<uint16_t>(rows[r] + 2 * (from + i)));
@@ -81,7 +100,8 @@ inline void score(const uint8_t *const *rows, const uint8_t *next, int64_t L, in
             for (int64_t i = 0; i < count; i++) {
                 v16 q = load<v16>(query + i * LANES);
                 EACH for (int r = 0; r < ROWS; r++) sums[r] += q * wide[r][i];
-                if (!g) __builtin_prefetch(next + (from + i) * (ROWS * (half ? 2 : 4)), 0, 2);
+                if (!g && (!half || i % 2 == 0))  // once for each 64 bytes
+                    __builtin_prefetch(next + (from + i) * (ROWS * (half ? 2 : 4)), 0, 2);
             }
             EACH for (int r = 0; r < ROWS; r++) store(at + r * LANES, sums[r]);
         }
@@ -119,7 +139,7 @@ inline void look(const Past &past, const Span &span, const Piece &piece, int64_t
         int64_t count = std::min(BLOCK, piece.last - first), padded = (count + ROWS - 1) / ROWS * ROWS;
         for (int64_t s = 0; s < padded; s++) rows[s] = past.at(span, first + std::min(s, count - 1));
         for (int64_t s = 0; s < padded; s += ROWS) {
-            int64_t ahead = std::min(first + s + BLOCK, piece.last - 1);
+            int64_t ahead = std::min(first + s + LATER, piece.last - 1);
             score<half>(rows + s, past.at(span, ahead), L, G, queries, weights + s * LANES, stride);
         }
         for (int64_t g = 0; g < G; g++) {

@@ -27,7 +27,7 @@ inline V load(const void *p) {
 }
 
 inline void store(float *p, v16 v) { std::memcpy(p, &v, sizeof v); }
-inline v16 all(float x) { return v16{} + x; }
+inline v16 all(float x) { return x - v16{}; }  // which is x, so that compilers leave it out; x + 0 is not -0 for -0
 inline v16 as_float(i16 v) { return (v16)v; }
 
 // bfloat16 is the upper half of a float32.

@@ -45,11 +45,13 @@ inline void absorb(const Layer &l, const Step &s, int64_t h, const float *querie
     }
 }
 
-// Sixteen queries side by side, from low[query][L]; those past the last are zero.
-inline void side_by_side(const float *low, int64_t queries, int64_t L, float *lanes) {
+// Sixteen queries side by side, from low[query][L], for rows in bfloat16 or not; those past the last are zero.
+inline void side_by_side(const float *low, int64_t queries, int64_t L, bool half, float *lanes) {
     int64_t count = std::min<int64_t>(queries, LANES);
-    for (int64_t i = 0; i < L; i++)
-        for (int64_t lane = 0; lane < LANES; lane++) lanes[i * LANES + lane] = lane < count ? low[lane * L + i] : 0.0f;
+    for (int64_t i = 0; i < L; i++) {
+        float *to = lanes + place(i, L, half) * LANES;
+        for (int64_t lane = 0; lane < LANES; lane++) to[lane] = lane < count ? low[lane * L + i] : 0.0f;
+    }
 }
 
 // Cut every sequence's past into pieces, and say what each lane may see.
