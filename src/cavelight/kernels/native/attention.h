@@ -47,7 +47,7 @@ inline int64_t groups_of(const Span &span, int64_t H) { return (span.count * H +
 inline int64_t piece_end(int64_t position) { return position + (position < 512 ? 64 : position < 4096 ? 256 : 1024); }
 
 struct Sums {  // of one group over one piece: each query's largest score, sum of weights, and [16][C] of weighted rows
-    std::vector<float> largest, total, mixed;
+    Floats largest, total, mixed;
     void make_room(int64_t count, int64_t C) {
         largest.resize(count * LANES), total.resize(count * LANES), mixed.resize(count * LANES * C);
     }
@@ -126,7 +126,7 @@ inline void mix(const uint8_t *const *rows, int64_t count, int64_t C, const floa
 // All of a sequence's queries over one piece of its past. last: of each lane, what it may see.
 template <bool half>
 inline void look(const Past &past, const Span &span, const Piece &piece, int64_t H, int64_t C, const float *queries,
-                 const i16 *last, Sums &sums, std::vector<float> &room) {
+                 const i16 *last, Sums &sums, Floats &room) {
     const int64_t L = past.width, G = groups_of(span, H), stride = BLOCK * LANES;
     room.resize(G * stride);
     float *weights = room.data();

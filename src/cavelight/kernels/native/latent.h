@@ -11,7 +11,7 @@ constexpr int NEAR = 8;  // rows that are added up together
 // The queries of one head, taken down into the latent space and scaled: low[t][h][L]. They are worked on side by side,
 // since as they lie they would meet in the same few places of a core's cache.
 inline void absorb(const Layer &l, const Step &s, int64_t h, const float *queries, float *low,
-                   std::vector<float> &room) {
+                   Floats &room) {
     const int64_t L = l.C + l.R, width = l.N + l.R, wide = l.C + LANES, narrow = l.N + LANES;
     const uint8_t *up = l.key_up.data + h * l.key_up.stack_bytes;
     const bool half = l.key_up.kind == BFLOAT16;

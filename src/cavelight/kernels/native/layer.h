@@ -32,8 +32,8 @@ struct Step {
 
 // What a step needs to remember between its phases. One for each thread that asks for steps.
 struct Room {
-    std::vector<float> low, latent, query, absorbed, lanes, mixed, values;
-    std::vector<float> x, logits, hidden, routed, shared_hidden, shared;
+    Floats low, latent, query, absorbed, lanes, mixed, values;
+    Floats x, logits, hidden, routed, shared_hidden, shared;
     std::vector<i16> last;
     std::vector<Piece> pieces;
     std::vector<int64_t> group_of_span, piece_of_span, met, first_pair, pair, place;
@@ -51,7 +51,7 @@ struct Hand {
     const Step &s;
     Room &room;
     Team &team;
-    std::vector<float> &normed, &order, &inner;  // of its own
+    Floats &normed, &order, &inner;  // of its own
     int act = 0;
 
     template <class Piece>
@@ -94,7 +94,7 @@ inline void norm(const float *x, const Matrix &gain, float eps, int64_t width, f
 }
 
 inline void norms(const float *x, int64_t stride, const Matrix &gain, float eps, int64_t T, int64_t width,
-           std::vector<float> &y) {
+           Floats &y) {
     y.resize(T * width);
     for (int64_t t = 0; t < T; t++) norm(x + t * stride, gain, eps, width, &y[t * width]);
 }

@@ -33,7 +33,7 @@ constexpr int STEP = kind == INT4 ? 128 : kind == BFLOAT16 ? 32 : LANES;
 inline int64_t stride(int64_t I) { return I + LANES; }
 
 // x [T, I] in the order in which a matrix of this kind meets its columns; what does not fill a turn stays in place.
-inline const float *arranged(int kind, const float *x, int64_t T, int64_t I, std::vector<float> &room) {
+inline const float *arranged(int kind, const float *x, int64_t T, int64_t I, Floats &room) {
     const int64_t step = kind == INT4 ? STEP<INT4> : kind == BFLOAT16 ? STEP<BFLOAT16> : LANES;
     const int64_t parts = step / LANES, whole = I / step * step;
     if (parts == 1 && T == 1) return x;

@@ -19,7 +19,7 @@ inline int64_t take_largest(float *choice, int64_t E) {
 }
 
 inline void choose(const Layer &l, const float *logits, float *scores, int64_t *ids, float *weights) {
-    std::vector<float> choice(l.E), group(l.G), some;
+    Floats choice(l.E), group(l.G), some;
     if (l.sigmoid) {
         for (int64_t e = 0; e < l.E; e++) scores[e] = 1.0f / (1.0f + std::exp(-logits[e]));
     } else {

@@ -45,7 +45,7 @@ void up(Hand &hand) {
     }
     hand.share(s.spans_count, [&](int64_t n) {
         const int64_t L = l.C + l.R;
-        std::vector<float> row(L);
+        Floats row(L);
         for (int64_t j = 0; j < s.spans[n].count; j++) {
             int64_t t = s.spans[n].first + j;
             norm(&room.latent[t * L], l.latent_norm, l.latent_eps, l.C, row.data());
@@ -219,7 +219,7 @@ void compute(const Layer &l, const Step &s, Room &room) {
     lay_out(l, s, room);
 #pragma omp parallel num_threads(s.threads)
     {
-        static thread_local std::vector<float> normed, order, inner;
+        static thread_local Floats normed, order, inner;
         Hand hand{l, s, room, team, normed, order, inner};
         down(hand);
         up(hand);
@@ -240,7 +240,7 @@ void cavelight_product(const Matrix *m, const float *x, int64_t T, float *y, int
     std::atomic<int64_t> next{0};
 #pragma omp parallel num_threads(threads)
     {
-        static thread_local std::vector<float> room;
+        static thread_local Floats room;
         const float *mine = arranged(m->kind, x, T, m->columns, room);
         const Parts parts(*m, threads);
         for (int64_t i; (i = next++) < parts.count;) part_of(*m, parts, i, 0, mine, T, y);
