@@ -132,7 +132,7 @@ def report(engine: Engine, tally: Tally, called: Sequence[str]) -> str:
     drafts = ", ".join(f"{tally.accepted[d]:,} of {tally.proposed[d]:,}" for d in sorted(tally.proposed))
     every = max(1, len(tally.memory) // 12)
     memory = ", ".join(f"{size / 1e6:.1f}" for size in tally.memory[::every])
-    dtype = str(engine.cache.rows_MZL.dtype).removeprefix("torch.")
+    dtype = str(engine.cache.rows_MZW.dtype).removeprefix("torch.")
     how = "plainly in float64" if dtype == "float64" else f"natively in {dtype}"
     return f"""# A crowd of requests
 

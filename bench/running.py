@@ -35,6 +35,7 @@ from cavelight.model.transformer import Transformer
 from cavelight.run.engine import Engine
 from cavelight.run.quick import BUILD, without_native
 from cavelight.run.request import Request
+from cavelight.run.rows import row_bytes
 from cavelight.spec.events import Event
 from cavelight.spec.presets import preset
 from cavelight.weights.snapshot import read_checkpoint, write_checkpoint
@@ -70,13 +71,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         folders = checkpoints(Path(scratch))
         rows = {kind: measured(folders[kind], kind, not options.without_peer, listen) for kind in KINDS}
         model = read_checkpoint(folders["bfloat16"])
+        small = sweep(model, [Case("decoding", depth) for depth in DEPTHS], on_event=listen, cache=torch.int8)
         experts, needed, price = by_experts(model), necessity(model), price_of_invariance(model)
         child = [sys.executable, "-m", "bench.running", "--memory", str(folders["bfloat16"])]
         memory = int(subprocess.run(child, check=True, capture_output=True, text=True).stdout)
     draw(rows["bfloat16"], experts, options.out / "running.png")
     called = list(sys.argv[1:] if arguments is None else arguments)
     with file_beside(options.out / "running.md") as page:
-        page.write_text(report(rows, experts, needed, price, memory, called), encoding="utf-8")
+        page.write_text(report(rows, small, experts, needed, price, memory, called), encoding="utf-8")
     print(f"wrote {options.out / 'running.md'}")
     return 0
 
@@ -198,6 +200,7 @@ def draw(rows: Sequence[Row], experts: Sequence[tuple[int, Row]], path: Path) ->
 
 def report(
     rows: dict[str, list[Row]],
+    small: Sequence[Row],
     experts: Sequence[tuple[int, Row]],
     needed: Sequence[tuple[str, float]],
     price: tuple[float, float],
@@ -212,6 +215,8 @@ def report(
         theirs = by_name["bfloat16"][name].theirs
         peer = f"{theirs.tokens_per_second:,.1f}" if theirs else "–"
         lines.append(f"| {name} | " + " | ".join(cells) + f" | {peer} |")
+    kept = [(row, by_name["bfloat16"][row.ours.case.name]) for row in small]
+    smaller = "\n".join(f"| {a.ours.case.name} | {cell('', a)} | {cell('', b)} |" for a, b in kept)
     one, five = by_name["bfloat16"]["decoding at 16,384"], by_name["bfloat16"]["verifying 5 at 16,384"]
     times, more = five.ours.typical / one.ours.typical, five.ours.read / one.ours.read
     probes = rows["bfloat16"][0].probes
@@ -245,6 +250,13 @@ Layers: {"natively" if not without_native() else without_native()}.
 - A prompt of 4,096 tokens takes {memory / 1e6:,.0f} MB beside the weights and its cache (asked: under 500).
 - `Engine(invariant=True)`, in bfloat16: a prompt of 512 tokens takes {price[0]:.2f} times as long, a step of 16
   sequences {price[1]:.2f} times.
+
+| bfloat16 weights, tokens/s (share) | cache in int8 | in bfloat16 |
+|---|--:|--:|
+{smaller}
+
+A row takes {row_bytes(preset("mid"), torch.int8)} bytes in int8 and {row_bytes(preset("mid"), torch.bfloat16)} in
+bfloat16; each share counts its own rows.
 
 ![by depth, company and experts](running.png)
 

@@ -13,6 +13,7 @@ from cavelight.model.moe import Experts
 from cavelight.model.ports import Dispatch, GroupedDispatch
 from cavelight.model.router import Routing
 from cavelight.model.transformer import Transformer
+from cavelight.run import rows
 from cavelight.run.paged import PagedCache, Span
 from cavelight.run.quick import BUILD, QuickTrunk, quick
 from cavelight.spec.config import ModelConfig
@@ -106,7 +107,9 @@ def case(config: ModelConfig, lengths: Sequence[tuple[int, int]], page: int, dty
     needed = [-(-(start + count) // page) for start, count in lengths]
     pages = source.sample(range(sum(needed) + 3), sum(needed))
     cache = PagedCache(config, sum(needed) + 3, page, dtype)
-    cache.rows_MZL.copy_(torch.randn(cache.rows_MZL.shape, generator=generator))
+    for rows_ZW in cache.rows_MZW:
+        rows_ZL = torch.randn(len(rows_ZW), config.cache_width, generator=generator)
+        rows_ZW.copy_(rows.pack(rows_ZL, config.kv_lora_rank, dtype))
     spans = []
     for (start, count), number in zip(lengths, needed, strict=True):
         spans.append(Span(tuple(pages[:number]), start, count))
@@ -135,8 +138,8 @@ class Outcome:
 
 def step(view: Transformer, case: Case, dispatch: Dispatch | None = None, **at: Any) -> Outcome:
     """One step of the trunk, then one of every module on it, over a copy of the cache."""
-    cache = PagedCache(view.config, 0, case.cache.size, case.cache.rows_MZL.dtype)
-    cache.rows_MZL = case.cache.rows_MZL.clone()
+    cache = PagedCache(view.config, 0, case.cache.size, case.cache.rows_MZW.dtype)
+    cache.rows_MZW = case.cache.rows_MZW.clone()
     tokens_T = torch.tensor(case.tokens)
     positions_T = torch.cat([torch.arange(span.start, span.end) for span in case.spans])
     attend, dispatch = cache.at(case.spans, **at), dispatch or GroupedDispatch()
@@ -148,12 +151,17 @@ def step(view: Transformer, case: Case, dispatch: Dispatch | None = None, **at: 
             hidden.append(hidden_TD)
             logits.append(view.draft_head(depth, hidden_TD))
             routings = [*routings, *more]
-    return Outcome(hidden, logits, routings, cache.rows_MZL)
+    return Outcome(hidden, logits, routings, unpacked(cache, view.config))
+
+
+def unpacked(cache: PagedCache, config: ModelConfig) -> Tensor:
+    """[M, Z, L]."""
+    return torch.stack([rows.unpack(rows_ZW, config.kv_lora_rank) for rows_ZW in cache.rows_MZW])
 
 
 def written(case: Case) -> Tensor:
     """Which slots the step's tokens have: [Z] booleans."""
-    mask_Z = torch.zeros(case.cache.rows_MZL.shape[1], dtype=torch.bool)
+    mask_Z = torch.zeros(case.cache.rows_MZW.shape[1], dtype=torch.bool)
     for span in case.spans:
         mask_Z[case.cache.slots(span)[span.start :]] = True
     return mask_Z

@@ -82,7 +82,7 @@ def test_a_row_is_the_latent_after_its_norm_and_the_key_after_rope() -> None:
     c_TC, k_rope_TR = layer.self_attn.kv_a_proj_with_mqa(x_TD).split([config.kv_lora_rank, config.qk_rope_head_dim], -1)
     k_rope_TR = rotate(k_rope_TR[:, None], model.rotary(torch.arange(18)))[:, 0]
     expected_TL = torch.cat([layer.self_attn.kv_a_layernorm(c_TC), k_rope_TR], dim=-1)
-    torch.testing.assert_close(cache.rows_MSL[0, :18], expected_TL, atol=1e-6, rtol=0)
+    torch.testing.assert_close(cache.rows_MSW[0, :18], expected_TL, atol=1e-6, rtol=0)
 
 
 def test_nothing_expanded_is_stored() -> None:
@@ -102,7 +102,7 @@ def test_the_form_is_chosen_by_cost_and_not_by_one_query(monkeypatch: pytest.Mon
     for T in (1, 2, 5, 40):
         for start in (0, 1, 30, 900):
             cache, rows = cache_for(small_config(), 1024), torch.ones(T, 24)
-            cache.rows_MSL.zero_()
+            cache.rows_MSW.zero_()
             cache.at(start)(0, q_nope[:T], q_rope[:T], rows[:, :16], rows[:, 16:], k_up, v_up, 1.0)
             cheap = attend.absorbed_is_cheaper(T, start + T, 4, 8, 8, 8, 16)
             expected.append((T, "absorbed" if cheap else "expanded"))
@@ -116,8 +116,8 @@ def test_it_grows_by_doubling_up_to_the_context_and_keeps_its_rows() -> None:
     sizes = []
     for start in range(2, 20):
         cache.write(1, start, torch.zeros(1, 24))
-        sizes.append(cache.rows_MSL.shape[1])
+        sizes.append(cache.rows_MSW.shape[1])
     assert sorted(set(sizes)) == [3, 6, 12, 20]
-    assert torch.equal(cache.rows_MSL[1, :2], first)
+    assert torch.equal(cache.rows_MSW[1, :2], first)
     with pytest.raises(AssertionError, match="position 20 in a context of 20"):
         cache.reserve(21)

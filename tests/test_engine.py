@@ -122,9 +122,9 @@ def assert_rows_are_true(engine: Engine, generation: Generation) -> bool:
     end, trunk = chain.seen, model.config.num_hidden_layers
     tokens, plain, dispatch = torch.tensor(job.tokens), LatentCache(model.config, end, torch.float64), GroupedDispatch()
     span = Span(job.table.pages, 0, end)
-    rows_MSL = engine.cache.rows_MZL[:, engine.cache.slots(span)]
+    rows_MSW = engine.cache.rows_MZW[:, engine.cache.slots(span)]
     hidden_TD, _ = model(tokens[:end], torch.arange(end), plain.at(0), dispatch)
-    torch.testing.assert_close(rows_MSL[:trunk], plain.rows_MSL[:trunk, :end], atol=1e-5, rtol=0)
+    torch.testing.assert_close(rows_MSW[:trunk], plain.rows_MSW[:trunk, :end], atol=1e-5, rtol=0)
     for k in range(1, model.config.num_nextn_predict_layers + 1):
         true = end - k + 1
         if true <= 0:
@@ -133,7 +133,7 @@ def assert_rows_are_true(engine: Engine, generation: Generation) -> bool:
             k - 1, hidden_TD[:true], tokens[k : true + k], torch.arange(true), plain.at(0), dispatch
         )
         layer = trunk + k - 1
-        torch.testing.assert_close(rows_MSL[layer, :true], plain.rows_MSL[layer, :true], atol=1e-5, rtol=0)
+        torch.testing.assert_close(rows_MSW[layer, :true], plain.rows_MSW[layer, :true], atol=1e-5, rtol=0)
     return True
 
 

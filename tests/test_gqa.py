@@ -102,7 +102,7 @@ def test_decode_equals_forward(form: object, key_value_heads: int) -> None:
             hidden, _ = model(tokens_T[start:end], positions, cache.at(start, form), GroupedDispatch())
             parts.append(model.head(hidden))
     torch.testing.assert_close(torch.cat(parts), whole_TV, rtol=1e-4, atol=1e-4)
-    assert cache.rows_MSL.shape[-1] == key_value_heads * (6 + 10)
+    assert cache.rows_MSW.shape[-1] == key_value_heads * (6 + 10)
 
 
 def test_training_works_after_inference_came_first() -> None:

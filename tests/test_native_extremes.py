@@ -138,7 +138,7 @@ def test_scores_of_any_size(factor: float) -> None:
 
 def test_equal_rows() -> None:
     given = case(CONFIG, [(700, 3)], 4, torch.float32)
-    given.cache.rows_MZL[:] = given.cache.rows_MZL[:, :1].clone() * 100
+    given.cache.rows_MZW[:] = given.cache.rows_MZW[:, :1].clone() * 100
     assert_both(stored(CONFIG, torch.float32), given)
 
 
@@ -155,7 +155,7 @@ def test_a_past_that_counts_for_nothing() -> None:
     model = stored(CONFIG, torch.float32)
     for position in (5, 300, 690):
         given = case(CONFIG, [(700, 2)], 4, torch.float32)
-        given.cache.rows_MZL[:, given.cache.slots(given.spans[0])[position]] *= 1e6
+        given.cache.rows_MZW[:, given.cache.slots(given.spans[0])[position]] *= 1e6
         assert_both(model, given)
 
 
@@ -193,9 +193,9 @@ def test_cache_rows_of_nobody_may_hold_anything() -> None:
     given = case(CONFIG, [(0, 3), (70, 2), (513, 1)], 4, torch.float32)
     model = stored(CONFIG, torch.float32)
     before = step(native_view(model), given)
-    kept_Z = torch.zeros(given.cache.rows_MZL.shape[1], dtype=torch.bool)
+    kept_Z = torch.zeros(given.cache.rows_MZW.shape[1], dtype=torch.bool)
     for span in given.spans:
         kept_Z[given.cache.slots(span)[: span.start]] = True
-    given.cache.rows_MZL[:, ~kept_Z] = math.nan
+    given.cache.rows_MZW[:, ~kept_Z] = math.nan
     for a, b in zip(before.rows(), step(native_view(model), given).rows(), strict=True):
         assert torch.equal(a, b)

@@ -135,7 +135,7 @@ def test_near_ties_are_settled_alike(kind: str, monkeypatch: pytest.MonkeyPatch)
             drafted = run(model, prompt, 20, drafts)
             assert drafted.made == plain.made
             past = slice(len(prompt) + 19)  # all but the last token have been through the trunk
-            rows, plain_rows = (stream.cache.rows_MSL[:-1, past] for stream in (drafted, plain))
+            rows, plain_rows = (stream.cache.rows_MSW[:-1, past] for stream in (drafted, plain))
             torch.testing.assert_close(rows, plain_rows, atol=1e-4, rtol=0)
 
 
@@ -264,7 +264,7 @@ def assert_rows_are_true(stream: TokenStream) -> None:
         if k < drafter.depth and end >= k:
             torch.testing.assert_close(stream.chain.edge[k - 1][0], hidden_TD[end - k], atol=1e-5, rtol=0)
         layer = trunk + k - 1
-        torch.testing.assert_close(stream.cache.rows_MSL[layer, :true], rows.rows_MSL[layer, :true], atol=1e-5, rtol=0)
+        torch.testing.assert_close(stream.cache.rows_MSW[layer, :true], rows.rows_MSW[layer, :true], atol=1e-5, rtol=0)
 
 
 # Sampled

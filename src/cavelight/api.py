@@ -14,6 +14,7 @@ from cavelight.model.transformer import Transformer
 from cavelight.run.engine import Engine
 from cavelight.run.generate import Drafts, generate_tokens
 from cavelight.run.request import Request
+from cavelight.run.rows import CacheDtype
 from cavelight.run.sample import Sampling
 from cavelight.run.text import TextStream, generate_text
 from cavelight.spec.config import ModelConfig
@@ -84,6 +85,7 @@ def generate(
     seed: int | None = None,
     stop: Sequence[str] = (),
     drafts: Drafts = "auto",
+    cache: CacheDtype = "auto",
     stop_ids: Collection[int] | None = None,
 ) -> TextStream:
     """The text that follows `prompt`, piece by piece while it is made; `.stats` of what it returns tells how it went.
@@ -101,6 +103,7 @@ def generate(
         stop=stop,
         stop_ids=stop_ids,
         drafts=drafts if mtp else 0,
+        cache=cache,
     )
 
 

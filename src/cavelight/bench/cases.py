@@ -24,8 +24,9 @@ from cavelight.run.engine import page_bytes
 from cavelight.run.generate import CHUNK
 from cavelight.run.paged import PagedCache, Span
 from cavelight.run.quick import quick
+from cavelight.run.rows import pack, row_bytes
 from cavelight.spec.config import ModelConfig
-from cavelight.spec.cost import Form, flops_per_token, stored_bytes_per_token
+from cavelight.spec.cost import Form, flops_per_token
 
 SECONDS, LEAST, MOST = 2.0, 5, 200  # of steps that are timed: how long, at least and at most how many
 WARM = 2  # steps before those
@@ -98,11 +99,21 @@ class Measured:
 
 
 @torch.inference_mode()
-def measure(model: Transformer, case: Case, clock: Callable[[], float] = time.perf_counter) -> Measured:
-    """Time a case, as `generate` and the engine run the model. Memory: the caches of its sequences."""
-    weight, run = model.lm_head.weight, quick(model)
-    cache = PagedCache(model.config, case.batch * case.pages, PAGE, weight.dtype, weight.device)
-    cache.rows_MZL.normal_(0, 1)
+def measure(
+    model: Transformer,
+    case: Case,
+    clock: Callable[[], float] = time.perf_counter,
+    cache: torch.dtype | None = None,
+) -> Measured:
+    """Time a case, as `generate` and the engine run the model. Memory: the caches of its sequences.
+
+    cache: the rows' dtype; the weights' unless given.
+    """
+    config, weight, run = model.config, model.lm_head.weight, quick(model)
+    dtype = cache or weight.dtype
+    paged = PagedCache(config, case.batch * case.pages, PAGE, dtype, weight.device)
+    for rows_ZW in paged.rows_MZW:
+        rows_ZW.copy_(pack(torch.randn(len(rows_ZW), config.cache_width), config.kv_lora_rank, dtype))
     source = torch.Generator().manual_seed(0)
     seconds: list[float] = []
     met: list[float] = []
@@ -110,16 +121,16 @@ def measure(model: Transformer, case: Case, clock: Callable[[], float] = time.pe
     while ends is None or len(seconds) < LEAST or (clock() < ends and len(seconds) < MOST):
         if ends is None and len(seconds) >= (1 if case.once_is_enough(sum(seconds)) else WARM):
             seconds, met, ends = [], [], clock() + SECONDS
-        tokens_BT = torch.randint(model.config.vocab_size, (case.batch, case.tokens), generator=source)
+        tokens_BT = torch.randint(config.vocab_size, (case.batch, case.tokens), generator=source)
         began = clock()
-        routings = _step(run, cache, case, tokens_BT)
+        routings = _step(run, paged, case, tokens_BT)
         seconds.append(clock() - began)
         met.append(sum(expert_bytes(model, some) for some in routings))
         if ends and case.once_is_enough(seconds[-1]):
             break
     weights = layer_bytes(model) * len(case.chunks) + head_bytes(model) + median(met)
-    rows = case.rows * stored_bytes_per_token(model.config, weight.element_size())
-    return Measured(case, tuple(seconds), weights + rows, flops(model.config, case))
+    rows = case.rows * config.num_hidden_layers * row_bytes(config, dtype)
+    return Measured(case, tuple(seconds), weights + rows, flops(config, case))
 
 
 def _step(model: Transformer, cache: PagedCache, case: Case, tokens_BT: Tensor) -> list[list[Routing]]:

@@ -112,14 +112,16 @@ def sweep(
     wanted: Sequence[Case],
     peer: Peer | None = None,
     on_event: Callable[[Event], None] = lambda event: None,
+    *,
+    cache: torch.dtype | None = None,
 ) -> list[Row]:
-    """Measure them all, once kernels.native is built."""
+    """Measure them all once kernels.native is built. cache: the rows' dtype; the weights' unless given."""
     without_native()
     probes, rows = probe(), []
     for number, case in enumerate(wanted):
         on_event(Phase("measuring", number, len(wanted), "cases"))
         theirs = peer.measure(case) if peer and peer.takes(case) else None
         read = read_bandwidth(seconds=READING)  # neighbours come and go
-        rows.append(Row(measure(model, case), theirs, replace(probes, read=read)))
+        rows.append(Row(measure(model, case, cache=cache), theirs, replace(probes, read=read)))
     on_event(Phase("measuring", len(wanted), len(wanted), "cases"))
     return rows

@@ -34,17 +34,20 @@ def bench(
     against: str | None,
     out: Path | None,
     dtype: str,
+    cache: str,
     without_mtp: bool,
     as_json: bool,
 ) -> None:
     """`source`: a run, a checkpoint, or the name of a preset, which is measured with random weights."""
     from cavelight.bench.sweep import cases, sweep
+    from cavelight.run.rows import cache_dtype, named
 
     if against not in (None, "transformers"):
         raise UserError("There is no such peer", got=str(against), do="write --against transformers")
     wanted = numbers("--prompts", prompts), numbers("--depths", depths, least=0), numbers("--batches", batches)
     model, checkpoint = opened(source, dtype, without_mtp)
-    chosen, left_out = cases(model.config, model.lm_head.weight.dtype, *wanted)
+    kept_in = cache_dtype(model.config, model.lm_head.weight.dtype, named(cache))
+    chosen, left_out = cases(model.config, kept_in, *wanted)
     if not chosen:
         why = "; ".join(f"{each.case.name}: {each.why}" for each in left_out) or "no prompt and no depth was given"
         raise UserError("There is nothing to measure", why=why, do="choose other --prompts and --depths")
@@ -55,13 +58,14 @@ def bench(
             folder.mkdir(parents=True, exist_ok=True)
         for each in left_out:
             listen(Note(f"Left out: {each.case.name}, since {each.why}."))
-        rows = sweep(model, chosen, peer, listen)
-    report(source, model.lm_head.weight.dtype, rows, left_out, against, folder, as_json)
+        rows = sweep(model, chosen, peer, listen, cache=kept_in)
+    report(source, model.lm_head.weight.dtype, kept_in, rows, left_out, against, folder, as_json)
 
 
 def report(
     source: str,
     dtype: "torch.dtype",
+    kept_in: "torch.dtype",
     rows: "Sequence[Row]",
     left_out: "Sequence[LeftOut]",
     against: str | None,
@@ -77,6 +81,7 @@ def report(
     found = {
         "model": source,
         "machine": machine(dtype),
+        "cache": str(kept_in).removeprefix("torch."),
         "probes": {"read": probes.read, "float32": probes.float32, "bfloat16": probes.bfloat16},
         "cases": [row.as_dict() for row in rows],
         "without_native": why,
@@ -85,6 +90,7 @@ def report(
     write_json(folder / "bench.json", found)
     facts = [machine(dtype), f"reads {probes.read / 1e9:.1f} GB/s", f"peak {probes.peak / 1e12:.2f} Tflop/s"]
     draw_bench(rows, folder / "bench.png", f"What a token of {Path(source).resolve().name} costs", facts)
+    facts += [f"cache in {found['cache']}"] if kept_in != dtype else []
     facts += [f"without native layers: {why}"] if why else []
     if as_json:
         say_json({"kind": "result", **found, "figure": folder / "bench.png"})

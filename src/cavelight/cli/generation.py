@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from cavelight.data.tokenizer import Tokenizer
     from cavelight.model.transformer import Transformer
+    from cavelight.run.rows import CacheDtype
     from cavelight.run.text import TextStream
 
 
@@ -36,6 +37,7 @@ class Options:
     seed: int | None
     stop: Sequence[str]
     drafts: Drafts
+    cache: "CacheDtype"
 
     def stream(self, model: "Transformer", tokenizer: "Tokenizer", prompt: str | list[int]) -> "TextStream":
         from cavelight.api import generate
@@ -50,6 +52,13 @@ def drafts_of(text: str) -> Drafts:
     if not text.isdecimal():
         raise UserError("--drafts is a number or auto", got=text, do="write for example --drafts 2")
     return int(text)
+
+
+def cache_of(text: str) -> "CacheDtype":
+    """`auto`, or a type of number that is smaller than the weights'."""
+    from cavelight.run.rows import named
+
+    return named(text)
 
 
 def load(path: Path, dtype: str, without_mtp: bool = False) -> "tuple[Transformer, Tokenizer]":

@@ -32,6 +32,9 @@ Revision = Annotated[
     str | None, typer.Option(metavar="REV", help="Branch, tag or commit on the hub; it is pinned to its commit.")
 ]
 Dtype = Annotated[str, typer.Option(help="Numbers to compute in: auto, float32 or bfloat16.")]
+CacheDtype = Annotated[
+    str, typer.Option(help="What the latent cache is kept in: auto, as the weights are, or int8, in half of bfloat16.")
+]
 
 MaxNewTokens = Annotated[int, typer.Option(metavar="N", help="Stop after so many new tokens.")]
 Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token; higher is more varied.")]
@@ -222,6 +225,7 @@ def generate(
     stop: Stop = None,
     drafts: DraftCount = "auto",
     dtype: Dtype = "auto",
+    cache: CacheDtype = "auto",
     without_mtp: WithoutMTP = False,
     as_json: Json = False,
 ) -> None:
@@ -231,7 +235,9 @@ def generate(
 
     with telling(as_json):
         chance = (temperature, top_k, top_p, min_p, repetition_penalty, seed)
-        options = command.Options(max_new_tokens, *chance, stop or [], command.drafts_of(drafts))
+        options = command.Options(
+            max_new_tokens, *chance, stop or [], command.drafts_of(drafts), command.cache_of(cache)
+        )
         command.generate(model, prompt, options, dtype, without_mtp, as_json)
 
 
@@ -249,6 +255,7 @@ def chat(
     stop: Stop = None,
     drafts: DraftCount = "auto",
     dtype: Dtype = "auto",
+    cache: CacheDtype = "auto",
     without_mtp: WithoutMTP = False,
     as_json: Json = False,
 ) -> None:
@@ -258,7 +265,9 @@ def chat(
 
     with telling(as_json):
         chance = (temperature, top_k, top_p, min_p, repetition_penalty, seed)
-        options = command.Options(max_new_tokens, *chance, stop or [], command.drafts_of(drafts))
+        options = command.Options(
+            max_new_tokens, *chance, stop or [], command.drafts_of(drafts), command.cache_of(cache)
+        )
         command.chat(model, system, options, dtype, without_mtp, as_json)
 
 
@@ -277,6 +286,7 @@ def bench(
         Path | None, typer.Option(metavar="DIR", help="Where figure and numbers go; beside the model unless told.")
     ] = None,
     dtype: Dtype = "auto",
+    cache: CacheDtype = "auto",
     without_mtp: WithoutMTP = False,
     as_json: Json = False,
 ) -> None:
@@ -285,7 +295,7 @@ def bench(
     from cavelight.cli.screen import telling
 
     with telling(as_json):
-        command.bench(source, prompts, depths, batches, against, out, dtype, without_mtp, as_json)
+        command.bench(source, prompts, depths, batches, against, out, dtype, cache, without_mtp, as_json)
 
 
 @app.command()

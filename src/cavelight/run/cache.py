@@ -1,7 +1,8 @@
 """The latent cache: of every layer and position one row, its latent after the norm and its rotary key after RoPE.
 
 Letters: T tokens of this step, S rows up to and with them, M layers of the trunk and then of the MTP modules, H heads,
-N width without position, R rotary width, U value width, C latent width, L = C + R.
+N width without position, R rotary width, U value width, C latent width, L = C + R, W numbers of a row as it is stored
+(see rows.py).
 """
 
 from collections.abc import Callable
@@ -12,13 +13,14 @@ from torch import Tensor
 
 from cavelight.kernels import attend
 from cavelight.kernels.native import Places
+from cavelight.run.rows import pack, row_width, unpack
 from cavelight.spec.config import ModelConfig
 
 Form = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float], Tensor]
 
 
 class LatentCache:
-    """One sequence's past, [M, capacity, L]. Nothing expanded is ever stored.
+    """One sequence's past, [M, capacity, W], in a dtype of `rows.cache_dtype`. Nothing expanded is ever stored.
 
     A row is addressed by its position. It is read by queries at or after that position alone, and whoever puts a
     token there writes the row first. So rejected drafts need no clean-up: their rows are overwritten unread.
@@ -27,9 +29,9 @@ class LatentCache:
     def __init__(
         self, config: ModelConfig, capacity: int, dtype: torch.dtype, device: torch.device | None = None
     ) -> None:
-        self.limit = config.max_position_embeddings
-        shape = (config.num_layers_with_mtp, min(capacity, self.limit), config.cache_width)
-        self.rows_MSL = torch.empty(shape, dtype=dtype, device=device)
+        self.limit, self.C = config.max_position_embeddings, config.kv_lora_rank
+        shape = (config.num_layers_with_mtp, min(capacity, self.limit), row_width(config, dtype))
+        self.rows_MSW = torch.empty(shape, dtype=dtype, device=device)
 
     def at(self, start: int, form: Form | None = None) -> "CachedAttend":
         """`Attend` for one step whose tokens stand at positions `start`, `start` + 1, ...
@@ -42,22 +44,22 @@ class LatentCache:
         """Put rows at `start` and after; all rows [S, L] of the layer from position 0 to the last written."""
         end = start + rows_TL.shape[0]
         self.reserve(end)
-        self.rows_MSL[layer, start:end] = rows_TL
-        return self.rows_MSL[layer, :end]
+        self.rows_MSW[layer, start:end] = pack(rows_TL, self.C, self.rows_MSW.dtype)
+        return unpack(self.rows_MSW[layer, :end], self.C)
 
     def reserve(self, length: int) -> None:
         """Make room for positions below `length`, at least doubling, so that growing costs little in sum."""
-        layers, capacity, width = self.rows_MSL.shape
+        layers, capacity, width = self.rows_MSW.shape
         if length <= capacity:
             return
         assert length <= self.limit, f"position {length - 1} in a context of {self.limit}"
-        grown_MSL = self.rows_MSL.new_empty(layers, min(max(length, 2 * capacity), self.limit), width)
-        grown_MSL[:, :capacity] = self.rows_MSL
-        self.rows_MSL = grown_MSL
+        grown_MSW = self.rows_MSW.new_empty(layers, min(max(length, 2 * capacity), self.limit), width)
+        grown_MSW[:, :capacity] = self.rows_MSW
+        self.rows_MSW = grown_MSW
 
     def bytes(self) -> int:
         """Memory held, used or not."""
-        return self.rows_MSL.numel() * self.rows_MSL.element_size()
+        return self.rows_MSW.numel() * self.rows_MSW.element_size()
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,8 @@ class CachedAttend:
     def rows(self, tokens: int) -> tuple[Tensor, Places]:
         """For who writes and reads them without us: all rows, and where in them the step's tokens have theirs."""
         self.cache.reserve(self.start + tokens)
-        rows_MSL = self.cache.rows_MSL
-        return rows_MSL, Places([(0, tokens, self.start, 0)], [0], rows_MSL.shape[1])
+        rows_MSW = self.cache.rows_MSW
+        return rows_MSW, Places([(0, tokens, self.start, 0)], [0], rows_MSW.shape[1])
 
     def __call__(
         self,
@@ -85,8 +87,8 @@ class CachedAttend:
         v_up_HUC: Tensor,
         scale: float,
     ) -> Tensor:
-        rows_SL = self.cache.write(layer, self.start, torch.cat([c_TC, k_rope_TR], dim=-1))
         (H, N, C), R, U = k_up_HNC.shape, q_rope_THR.shape[-1], v_up_HUC.shape[1]
+        rows_SL = self.cache.write(layer, self.start, torch.cat([c_TC, k_rope_TR], dim=-1))
         form = self.form
         if form is None:
             cheaper = attend.absorbed_is_cheaper(c_TC.shape[0], rows_SL.shape[0], H, N, R, U, C)

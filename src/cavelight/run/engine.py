@@ -24,6 +24,7 @@ from cavelight.run.paged import PagedCache, Span
 from cavelight.run.pages import Pages, Table
 from cavelight.run.quick import quick, without_native
 from cavelight.run.request import Generation, Request
+from cavelight.run.rows import CacheDtype, cache_dtype, row_bytes
 from cavelight.run.scheduler import Job, Part, Scheduler, Totals
 from cavelight.run.speculate import Chain, Drafter, Wish
 from cavelight.spec.config import ModelConfig
@@ -48,6 +49,7 @@ class Engine:
 
     memory: bytes of the cache, all of them taken now. budget: tokens of a step, drafts included; prompts are taken in
     pieces that fit beside what decodes. most: generations that run at once; more may wait, up to `queue`.
+    cache: "auto" to keep latents as the weights are, "int8" in half the memory of bfloat16 (see rows.py).
     invariant: a request gives the same tokens alone and in any company, to the bit, at the price that every row of a
     step is computed in a way that knows nothing of the others (run/invariant.py).
     Raises UserError for a budget below `most`, and if not even one page fits into the memory.
@@ -62,12 +64,14 @@ class Engine:
         most: int = 32,
         queue: int = 4096,
         page: int = PAGE,
+        cache: CacheDtype = "auto",
         invariant: bool = False,
         dispatch: Dispatch | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         config, weight = model.config, model.lm_head.weight
-        each = page_bytes(config, max(page, 1), weight.dtype)
+        rows = cache_dtype(config, weight.dtype, cache)
+        each = page_bytes(config, max(page, 1), rows)
         _check(memory=memory, budget=budget, most=most, queue=queue, page=page, page_bytes=each)
         self.model, self.config, self.queue, self.clock = quick(model), config, queue, clock
         self.invariant = invariant
@@ -75,7 +79,7 @@ class Engine:
             without_native()  # half by one way and half by another would not be the same to the bit
         self.dispatch = DispatchAlone() if invariant else dispatch or GroupedDispatch()
         self.modules = config.num_nextn_predict_layers
-        self.cache = PagedCache(config, memory // each, page, weight.dtype, weight.device)
+        self.cache = PagedCache(config, memory // each, page, rows, weight.device)
         self.scheduler = Scheduler(Pages(memory // each, page, lookahead=(self.modules, 0)), budget, most)
         self.drafter = Drafter(self.model, self._attend_at, self.dispatch, self.modules) if self.modules else None
         self.pace = Pace(config)
@@ -366,4 +370,4 @@ def _check(**options: int) -> None:
 
 def page_bytes(config: ModelConfig, page: int, dtype: torch.dtype) -> int:
     """Of a page of so many positions, all layers' rows."""
-    return config.num_layers_with_mtp * page * config.cache_width * dtype.itemsize
+    return config.num_layers_with_mtp * page * row_bytes(config, dtype)

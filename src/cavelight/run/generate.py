@@ -19,6 +19,7 @@ from cavelight.model.transformer import Transformer
 from cavelight.run.cache import LatentCache
 from cavelight.run.choose import Allowed, Chooser
 from cavelight.run.quick import is_steady, quick
+from cavelight.run.rows import CacheDtype, cache_dtype
 from cavelight.run.sample import Sampling
 from cavelight.run.settle import Settler, is_close
 from cavelight.run.speculate import Chain, Drafter, Wish, cost_of_round
@@ -42,6 +43,7 @@ class TokenStream(Iterator[int]):
     drafts: how many tokens to guess ahead with the MTP modules; 0 for none; "auto" for as many as there are modules,
     until it shows that they do not pay. Whatever it is, the output is the same token for token in float32: exactly if
     greedy, up to a rare near-tie if sampled.
+    cache: "auto" to keep latents as the weights are, "int8" in half the memory of bfloat16 (see rows.py).
     stop_ids: the configuration's end tokens unless given. allowed: which tokens may follow; see `choose.Allowed`.
     Raises UserError for a prompt that does not fit or is no list of token ids, and if the model produces NaN.
     """
@@ -55,6 +57,7 @@ class TokenStream(Iterator[int]):
         sampling: Sampling = GREEDY,
         stop_ids: Collection[int] | None = None,
         drafts: Drafts = "auto",
+        cache: CacheDtype = "auto",
         allowed: Allowed | None = None,
         dispatch: Dispatch | None = None,
         clock: Callable[[], float] = time.perf_counter,
@@ -68,10 +71,11 @@ class TokenStream(Iterator[int]):
         self.limit = config.max_position_embeddings
         self.dispatch = dispatch or GroupedDispatch()
         capacity = len(self.tokens) + min(max(max_new_tokens, 0), ROOM)
-        self.cache = LatentCache(config, capacity, weight.dtype, weight.device)
+        rows = cache_dtype(config, weight.dtype, cache)
+        self.cache = LatentCache(config, capacity, rows, weight.device)
         # Either a row's bits are the same in any step, or what they decide is settled; if neither, the clock may not.
         self.steady = is_steady(self.model, self.dispatch)
-        self.exact = self.steady or (sampling.greedy and weight.dtype in (torch.float32, torch.float64))
+        self.exact = self.steady or (sampling.greedy and rows in (torch.float32, torch.float64))
         self.settler: Settler | None = None
         self.stats = Stats(prompt_tokens=len(self.tokens))
         self.may_turn_off = drafts == "auto"
@@ -228,6 +232,7 @@ def generate_tokens(
     repetition_penalty: float = 1.0,
     seed: int | None = None,
     drafts: Drafts = "auto",
+    cache: CacheDtype = "auto",
     stop_ids: Collection[int] | None = None,
 ) -> list[int]:
     """The tokens that follow a prompt, the end token included where one comes. See Sampling and TokenStream."""
@@ -240,6 +245,7 @@ def generate_tokens(
             sampling=sampling,
             stop_ids=stop_ids,
             drafts=drafts if mtp else 0,
+            cache=cache,
         )
     )
 

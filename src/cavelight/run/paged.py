@@ -2,7 +2,7 @@
 
 Letters: T tokens of this step, of all sequences end to end, S rows of one sequence up to and with its tokens, M layers
 of the trunk and then of the MTP modules, H heads, N width without position, R rotary width, U value width, C latent
-width, L = C + R, Z slots: places for one row each, page after page.
+width, L = C + R, W numbers of a row as it is stored (see rows.py), Z slots: places for one row each, page after page.
 """
 
 from collections.abc import Sequence
@@ -15,6 +15,7 @@ from torch import Tensor
 from cavelight.kernels import attend
 from cavelight.kernels.native import Places
 from cavelight.run.pages import Copy
+from cavelight.run.rows import pack, row_width, unpack
 from cavelight.spec.config import ModelConfig
 
 
@@ -32,21 +33,21 @@ class Span:
 
 
 class PagedCache:
-    """[M, Z, L]: memory that is there from the start and never grows."""
+    """[M, Z, W]: memory that is there from the start and never grows, in a dtype of `rows.cache_dtype`."""
 
     def __init__(
         self, config: ModelConfig, pages: int, size: int, dtype: torch.dtype, device: torch.device | None = None
     ) -> None:
         self.size = size
-        self.rows_MZL = torch.zeros(
-            config.num_layers_with_mtp, pages * size, config.cache_width, dtype=dtype, device=device
+        self.rows_MZW = torch.zeros(
+            config.num_layers_with_mtp, pages * size, row_width(config, dtype), dtype=dtype, device=device
         )
 
     def copy(self, copies: Sequence[Copy]) -> None:
         """Pages onto others, in this order."""
         for source, target in copies:
             a, b = source * self.size, target * self.size
-            self.rows_MZL[:, b : b + self.size] = self.rows_MZL[:, a : a + self.size]
+            self.rows_MZW[:, b : b + self.size] = self.rows_MZW[:, a : a + self.size]
 
     def at(self, spans: Sequence[Span], alone: bool = False) -> "PagedAttend":
         """`Attend` for a step over these spans, whose tokens lie end to end.
@@ -59,10 +60,10 @@ class PagedCache:
         """Of every position before the span's end, in order: [S]."""
         pages = torch.tensor(span.pages[: -(-span.end // self.size)])
         slots_S = (pages[:, None] * self.size + torch.arange(self.size)).flatten()[: span.end]
-        return slots_S.to(self.rows_MZL.device)
+        return slots_S.to(self.rows_MZW.device)
 
     def bytes(self) -> int:
-        return self.rows_MZL.numel() * self.rows_MZL.element_size()
+        return self.rows_MZW.numel() * self.rows_MZW.element_size()
 
 
 class PagedAttend:
@@ -83,7 +84,7 @@ class PagedAttend:
 
     def rows(self, tokens: int) -> tuple[Tensor, Places]:
         """For who writes and reads them without us: all rows, and where in them the step's tokens have theirs."""
-        return self.cache.rows_MZL, self.places
+        return self.cache.rows_MZW, self.places
 
     def __call__(
         self,
@@ -96,12 +97,12 @@ class PagedAttend:
         v_up_HUC: Tensor,
         scale: float,
     ) -> Tensor:
-        rows_ZL = self.cache.rows_MZL[layer]
-        rows_ZL[self.write_T] = torch.cat([c_TC, k_rope_TR], dim=-1).to(rows_ZL.dtype)
+        rows_ZW = self.cache.rows_MZW[layer]
         (H, N, C), R, U = k_up_HNC.shape, q_rope_THR.shape[-1], v_up_HUC.shape[1]
+        rows_ZW[self.write_T] = pack(torch.cat([c_TC, k_rope_TR], dim=-1), C, rows_ZW.dtype)
         o_THU, first = q_nope_THN.new_empty(q_nope_THN.shape[0], H, U), 0
         for span, read in zip(self.spans, self.read, strict=True):
-            rows_SL, T = rows_ZL[read], span.count
+            rows_SL, T = unpack(rows_ZW[read], C), span.count
             if self.alone:
                 form, step = attend.absorbed, 1
             else:

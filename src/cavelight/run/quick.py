@@ -213,12 +213,12 @@ def _library(chain: native.Chain | None, attend: Attend, dispatch: Dispatch, tok
         return None
     few = len(tokens) <= FEW
     if type(attend) is PagedAttend:
-        few, rows = few or attend.alone, attend.cache.rows_MZL
+        few, rows = few or attend.alone, attend.cache.rows_MZW
     elif type(attend) is CachedAttend and attend.form is None:
-        rows = attend.cache.rows_MSL
+        rows = attend.cache.rows_MSW
     else:
         return None
-    return BUILD.get() if few and rows.dtype in native.KINDS and rows.device.type == "cpu" else None
+    return BUILD.get() if few and rows.dtype in native.ROW_KINDS and rows.device.type == "cpu" else None
 
 
 def _in_one_piece(
@@ -230,16 +230,16 @@ def _in_one_piece(
 ) -> tuple[Tensor, list[Routing]]:
     """What the layers make of some tokens; of many, a few at a time: each has sums of its own while it looks back."""
     assert isinstance(attend, CachedAttend | PagedAttend)
-    rows_MZL, places = attend.rows(len(x_TD))
-    rows_MZL = rows_MZL[chain.first : chain.first + chain.count]
+    rows_MZW, places = attend.rows(len(x_TD))
+    rows_MZW = rows_MZW[chain.first : chain.first + chain.count]
     if len(x_TD) <= FEW:
-        y_TD, routed = native.layers(library, chain, x_TD, cos_sin, rows_MZL, places)
+        y_TD, routed = native.layers(library, chain, x_TD, cos_sin, rows_MZW, places)
         return y_TD, [Routing(*of_layer) for of_layer in routed]
     made = []
     for start in range(0, len(x_TD), FEW):
         end = min(start + FEW, len(x_TD))
         few = [t[start:end] for t in (x_TD, *cos_sin)]
-        made.append(native.layers(library, chain, few[0], (few[1], few[2]), rows_MZL, places.part(start, end)))
+        made.append(native.layers(library, chain, few[0], (few[1], few[2]), rows_MZW, places.part(start, end)))
     by_layer = zip(*(routed for _, routed in made), strict=True)
     routings = [Routing(*map(torch.cat, zip(*of_layer, strict=True))) for of_layer in by_layer]
     return torch.cat([y_TD for y_TD, _ in made]), routings

@@ -66,19 +66,19 @@ class Settler:
         """The hidden state [1, D] at `position`, after `tokens` up to there; puts its rows into the cache."""
         if self.own is None:
             self.own = LatentCache(
-                self.model.config, position + 1, self.cache.rows_MSL.dtype, self.cache.rows_MSL.device
+                self.model.config, position + 1, self.cache.rows_MSW.dtype, self.cache.rows_MSW.device
             )
-            self.own.rows_MSL[:, : self.prompt] = self.cache.rows_MSL[:, : self.prompt]
+            self.own.rows_MSW[:, : self.prompt] = self.cache.rows_MSW[:, : self.prompt]
         while self.done + BLOCK <= position:
             self._compute(self.own, tokens, self.done + BLOCK)
             self.done += BLOCK
         hidden_TD = self._compute(self.own, tokens, position + 1)
         layers = slice(self.model.config.num_hidden_layers)
-        self.cache.rows_MSL[layers, position] = self.own.rows_MSL[layers, position]
+        self.cache.rows_MSW[layers, position] = self.own.rows_MSW[layers, position]
         return hidden_TD[-1:]
 
     def _compute(self, cache: LatentCache, tokens: Sequence[int], end: int) -> Tensor:
-        device = cache.rows_MSL.device
+        device = cache.rows_MSW.device
         positions_T = torch.arange(self.done, end, device=device)
         tokens_T = torch.tensor(tokens[self.done : end], device=device)
         hidden_TD: Tensor = self.model(tokens_T, positions_T, cache.at(self.done), self.dispatch)[0]

@@ -7,6 +7,7 @@ from typing import Protocol
 from cavelight.errors import UserError
 from cavelight.model.transformer import Transformer
 from cavelight.run.generate import GREEDY, Drafts, TokenStream, begin
+from cavelight.run.rows import CacheDtype
 from cavelight.run.sample import Sampling
 from cavelight.run.stats import Stats
 
@@ -111,6 +112,7 @@ def generate_text(
     stop: Sequence[str] = (),
     stop_ids: Collection[int] | None = None,
     drafts: Drafts = "auto",
+    cache: CacheDtype = "auto",
 ) -> TextStream:
     """The text that follows a prompt, piece by piece as it is made. See Sampling and TokenStream.
 
@@ -118,5 +120,13 @@ def generate_text(
     end tokens nor stop strings are in the text. Raises UserError as TokenStream does.
     """
     ids = begin(model.config) + tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-    tokens = TokenStream(model, ids, max_new_tokens=max_new_tokens, sampling=sampling, stop_ids=stop_ids, drafts=drafts)
+    tokens = TokenStream(
+        model,
+        ids,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        stop_ids=stop_ids,
+        drafts=drafts,
+        cache=cache,
+    )
     return TextStream(tokens, decoder, stop)

@@ -18,6 +18,7 @@ from torch import Tensor
 LANES = 16
 KINDS = {torch.float32: 0, torch.bfloat16: 1}
 INT8, INT4 = 8, 4
+ROW_KINDS = KINDS | {torch.int8: INT8}  # of a cache's rows; int8 as run/rows.py packs them
 MOST_GROUPS = 4096  # of a row
 # Bytes of a layer's weights, times tokens, below which one thread does it: threads that wait for one another at every
 # turn gain little there, and lose ten times as much when something else wants a core.
@@ -70,7 +71,7 @@ class _Step(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("T", "spans_count", "threads")),
         *((name, ctypes.c_void_p) for name in ("x", "cos", "sin", "spans")),
         *((name, ctypes.c_void_p) for name in ("rows", "pages")),
-        *((name, ctypes.c_int64) for name in ("page", "width", "half")),
+        *((name, ctypes.c_int64) for name in ("page", "width", "latent_width", "row_kind", "row_bytes")),
         *((name, ctypes.c_void_p) for name in ("y", "ids", "weights", "scores")),
     ]
 
@@ -176,14 +177,14 @@ def layers(
     chain: "Chain",
     x_TD: Tensor,
     cos_sin: tuple[Tensor, Tensor],
-    rows_MZL: Tensor,
+    rows_MZW: Tensor,
     places: Places,
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor, Tensor]]]:
     """The output of layers in turn [T, D]; and of each router its ids [T, K], weights [T, K] and scores [T, E].
 
-    Puts the tokens' rows into `rows_MZL`, these layers' part of a cache, in float32 or bfloat16. All else is float32.
+    Puts the tokens' rows into `rows_MZW`, these layers' part of a cache, in one of ROW_KINDS. All else is float32.
     """
-    T, routers = x_TD.shape[0], chain.routers
+    T, routers, first = x_TD.shape[0], chain.routers, chain.layers[0]
     x_TD, cos, sin = (t.float().contiguous() for t in (x_TD, *cos_sin))
     y_TD, scores_OTE = torch.empty_like(x_TD), x_TD.new_empty(routers, T, chain.E)
     weights_OTK = x_TD.new_empty(routers, T, chain.K)
@@ -192,13 +193,15 @@ def layers(
         T,
         len(places.spans),
         _threads(chain.bytes * T),
-        *(t.data_ptr() for t in (x_TD, cos, sin, places.spans, rows_MZL, places.pages)),
+        *(t.data_ptr() for t in (x_TD, cos, sin, places.spans, rows_MZW, places.pages)),
         places.page,
-        rows_MZL.shape[2],
-        rows_MZL.dtype == torch.bfloat16,
+        first.C + first.R,
+        first.C,
+        ROW_KINDS[rows_MZW.dtype],
+        rows_MZW.stride(1) * rows_MZW.element_size(),
         *(t.data_ptr() for t in (y_TD, ids_OTK, weights_OTK, scores_OTE)),
     )
-    stride = rows_MZL.stride(0) * rows_MZL.element_size()
+    stride = rows_MZW.stride(0) * rows_MZW.element_size()
     library.cavelight_layers(chain.pointers, ctypes.c_int64(chain.count), ctypes.byref(step), ctypes.c_int64(stride))
     return y_TD, list(zip(ids_OTK, weights_OTK, scores_OTE, strict=True))
 

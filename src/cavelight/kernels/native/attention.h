@@ -14,21 +14,20 @@ struct Span {  // tokens of one sequence in a step
     int64_t first, count, start, pages;  // first token; how many; position of the first; where its pages begin
 };
 
+// A row in INT8: its latent in integers, a float32 scale for each GROUP of them, its rotary key in bfloat16 from here on.
+constexpr int64_t GROUP = 128;
+inline int64_t key_at(int64_t C) { return C + (C + GROUP - 1) / GROUP * 4; }
+
 struct Past {  // a layer's rows
     uint8_t *rows;
     const int64_t *pages;
-    int64_t page, width;  // positions of a page; L
-    bool half;            // bfloat16
+    int64_t page, width, C;  // positions of a page; L; C
+    int64_t kind, row_bytes;
 
-    uint8_t *at(const Span &span, int64_t position) const {
-        int64_t slot = pages[span.pages + position / page] * page + position % page;
-        return rows + slot * width * (half ? 2 : 4);
+    const uint8_t *at(const Span &span, int64_t position) const {
+        return rows + (pages[span.pages + position / page] * page + position % page) * row_bytes;
     }
-    void put(const Span &span, int64_t position, const float *row) const {
-        uint8_t *to = at(span, position);
-        if (!half) std::memcpy(to, row, 4 * width);
-        for (int64_t i = 0; half && i < width; i++) ((uint16_t *)to)[i] = narrow(row[i]);
-    }
+    void put(const Span &span, int64_t position, const float *row) const;
 };
 
 struct Piece {  // of one sequence's past, for all its queries
@@ -40,6 +39,25 @@ constexpr int64_t LATER = 64;   // so many after a row, another one is fetched m
 constexpr int ROWS = 16;        // looked at at once,
 constexpr int COLUMNS = 96;     // and of each so many numbers, which a core's first cache holds
 constexpr float LOWEST = -3.4e38f;  // below every score: minus infinity would be NaN where it is subtracted from itself
+
+inline void Past::put(const Span &span, int64_t position, const float *row) const {
+    uint8_t *to = const_cast<uint8_t *>(at(span, position));
+    if (kind == FLOAT32) std::memcpy(to, row, 4 * width);
+    for (int64_t i = 0; kind == BFLOAT16 && i < width; i++) ((uint16_t *)to)[i] = narrow(row[i]);
+    if (kind != INT8) return;
+    for (int64_t first = 0; first < C; first += GROUP) {
+        const int64_t last = std::min(first + GROUP, C);
+        float largest = 0;
+        for (int64_t i = first; i < last; i++) largest = !(std::fabs(row[i]) <= largest) ? std::fabs(row[i]) : largest;
+        const float scale = largest / 127.0f;
+        std::memcpy(to + C + first / GROUP * 4, &scale, 4);
+        for (int64_t i = first; i < last; i++) to[i] = scale > 0 ? int8_t(std::nearbyint(row[i] / scale)) : 0;
+    }
+    for (int64_t i = C; i < width; i++) {
+        const uint16_t x = narrow(row[i]);
+        std::memcpy(to + key_at(C) + 2 * (i - C), &x, 2);
+    }
+}
 
 inline int64_t groups_of(const Span &span, int64_t H) { return (span.count * H + LANES - 1) / LANES; }
 
@@ -53,45 +71,56 @@ struct Sums {  // of one group over one piece: each query's largest score, sum o
     }
 };
 
-template <bool half>
-inline v16 numbers(const uint8_t *row, int64_t i) {
-    if constexpr (half) return widen(load<h16>(row + 2 * i));
+// Sixteen numbers of a row from i on, or one: i a multiple of sixteen.
+template <int kind>
+inline v16 numbers(const uint8_t *row, int64_t i, int64_t C) {
+    if constexpr (kind == INT8) {
+        if (i >= C) return widen(load<h16>(row + key_at(C) + 2 * (i - C)));
+        return widen(load<b16>(row + i)) * load<float>(row + C + i / GROUP * 4);
+    }
+    if constexpr (kind == BFLOAT16) return widen(load<h16>(row + 2 * i));
     return load<v16>(row + 4 * i);
+}
+template <int kind>
+inline float number(const uint8_t *row, int64_t i, int64_t C) {
+    if constexpr (kind == INT8) {
+        if (i >= C) return widen(load<uint16_t>(row + key_at(C) + 2 * (i - C)));
+        return int8_t(row[i]) * load<float>(row + C + i / GROUP * 4);
+    }
+    return value<kind>(row, i);
 }
 
 // Where a row's number i stands when it is scored: of 32 in bfloat16 first those at even places, then those at odd
 // ones, since so they are quickest to widen.
-inline int64_t place(int64_t i, int64_t L, bool half) {
-    return half && i < L / 32 * 32 ? i / 32 * 32 + i % 2 * LANES + i % 32 / 2 : i;
+inline int64_t place(int64_t i, int64_t L, int64_t kind) {
+    return kind == BFLOAT16 && i < L / 32 * 32 ? i / 32 * 32 + i % 2 * LANES + i % 32 / 2 : i;
 }
 
 // 32 numbers of a row in the order of `place`.
-template <bool half>
-inline void unfold(const uint8_t *row, int64_t i, float *to) {
-    if constexpr (half) {
+template <int kind>
+inline void unfold(const uint8_t *row, int64_t i, int64_t C, float *to) {
+    if constexpr (kind == BFLOAT16) {
         i16 both = load<i16>(row + 2 * i);
         store(to, as_float(both << 16)), store(to + LANES, as_float(both & ~0xffff));
     } else {
-        store(to, load<v16>(row + 4 * i)), store(to + LANES, load<v16>(row + 4 * (i + LANES)));
+        store(to, numbers<kind>(row, i, C)), store(to + LANES, numbers<kind>(row, i + LANES, C));
     }
 }
 
 // scores[g][row][lane] of sixteen rows for all groups' queries [G][L][16], each number at its `place`.
 // next: rows that will be wanted later.
-template <bool half>
-inline void score(const uint8_t *const *rows, const uint8_t *next, int64_t L, int64_t G, const float *queries,
+template <int kind>
+inline void score(const Past &past, const uint8_t *const *rows, const uint8_t *next, int64_t G, const float *queries,
                   float *scores, int64_t stride) {
+    const int64_t L = past.width, C = past.C, apart = ROWS * past.row_bytes / L;
     float wide[ROWS][COLUMNS];
     for (int64_t from = 0; from < L; from += COLUMNS) {
         const int64_t count = std::min<int64_t>(COLUMNS, L - from);
         int64_t whole = count / 32 * 32;
         for (int64_t i = 0; i < whole; i += 32)
-            EACH for (int r = 0; r < ROWS; r++) unfold<half>(rows[r], from + i, &wide[r][i]);
+            EACH for (int r = 0; r < ROWS; r++) unfold<kind>(rows[r], from + i, C, &wide[r][i]);
         for (int64_t i = whole; i < count; i++)
-            for (int r = 0; r < ROWS; r++) {
-                if constexpr (half) wide[r][i] = widen(load<uint16_t>(rows[r] + 2 * (from + i)));
-                else wide[r][i] = load<float>(rows[r] + 4 * (from + i));
-            }
+            for (int r = 0; r < ROWS; r++) wide[r][i] = number<kind>(rows[r], from + i, C);
         for (int64_t g = 0; g < G; g++) {
             v16 sums[ROWS];
             float *at = scores + g * stride;
@@ -100,8 +129,8 @@ inline void score(const uint8_t *const *rows, const uint8_t *next, int64_t L, in
             for (int64_t i = 0; i < count; i++) {
                 v16 q = load<v16>(query + i * LANES);
                 EACH for (int r = 0; r < ROWS; r++) sums[r] += q * wide[r][i];
-                if (!g && (!half || i % 2 == 0))  // once for each 64 bytes
-                    __builtin_prefetch(next + (from + i) * (ROWS * (half ? 2 : 4)), 0, 2);
+                if (!g && (kind == FLOAT32 || i % 2 == 0))  // once for each 64 bytes or less
+                    __builtin_prefetch(next + (from + i) * apart, 0, 2);
             }
             EACH for (int r = 0; r < ROWS; r++) store(at + r * LANES, sums[r]);
         }
@@ -109,14 +138,14 @@ inline void score(const uint8_t *const *rows, const uint8_t *next, int64_t L, in
 }
 
 // mixed[lane][c] = mixed * keep[lane] + sum of weights[row][lane] * rows[row][c]; fresh: there is no `mixed` yet.
-template <bool half>
+template <int kind>
 inline void mix(const uint8_t *const *rows, int64_t count, int64_t C, const float *weights, const float *keep,
                 bool fresh, float *mixed) {
     for (int64_t c = 0; c < C; c += LANES) {
         v16 sums[LANES];
         EACH for (int i = 0; i < LANES; i++) sums[i] = fresh ? v16{} : load<v16>(mixed + i * C + c) * keep[i];
         for (int64_t s = 0; s < count; s++) {
-            v16 row = numbers<half>(rows[s], c);
+            v16 row = numbers<kind>(rows[s], c, C);
             EACH for (int i = 0; i < LANES; i++) sums[i] += row * weights[s * LANES + i];
         }
         EACH for (int i = 0; i < LANES; i++) store(mixed + i * C + c, sums[i]);
@@ -124,10 +153,10 @@ inline void mix(const uint8_t *const *rows, int64_t count, int64_t C, const floa
 }
 
 // All of a sequence's queries over one piece of its past. last: of each lane, what it may see.
-template <bool half>
-inline void look(const Past &past, const Span &span, const Piece &piece, int64_t H, int64_t C, const float *queries,
+template <int kind>
+inline void look(const Past &past, const Span &span, const Piece &piece, int64_t H, const float *queries,
                  const i16 *last, Sums &sums, Floats &room) {
-    const int64_t L = past.width, G = groups_of(span, H), stride = BLOCK * LANES;
+    const int64_t C = past.C, G = groups_of(span, H), stride = BLOCK * LANES;
     room.resize(G * stride);
     float *weights = room.data();
     for (int64_t g = 0; g < G; g++) {
@@ -140,7 +169,7 @@ inline void look(const Past &past, const Span &span, const Piece &piece, int64_t
         for (int64_t s = 0; s < padded; s++) rows[s] = past.at(span, first + std::min(s, count - 1));
         for (int64_t s = 0; s < padded; s += ROWS) {
             int64_t ahead = std::min(first + s + LATER, piece.last - 1);
-            score<half>(rows + s, past.at(span, ahead), L, G, queries, weights + s * LANES, stride);
+            score<kind>(past, rows + s, past.at(span, ahead), G, queries, weights + s * LANES, stride);
         }
         for (int64_t g = 0; g < G; g++) {
             float *mine = weights + g * stride, keep[LANES];
@@ -161,7 +190,7 @@ inline void look(const Past &past, const Span &span, const Piece &piece, int64_t
             store(keep, kept);
             store(&sums.total[out * LANES], load<v16>(&sums.total[out * LANES]) * kept + total);
             store(&sums.largest[out * LANES], largest);
-            mix<half>(rows, padded, C, mine, keep, first == piece.first, &sums.mixed[out * C * LANES]);
+            mix<kind>(rows, padded, C, mine, keep, first == piece.first, &sums.mixed[out * C * LANES]);
         }
     }
 }

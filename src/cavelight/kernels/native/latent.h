@@ -26,7 +26,7 @@ inline void absorb(const Layer &l, const Step &s, int64_t h, const float *querie
             EACH for (int64_t i = 0; i < NEAR; i++) {
                 const uint8_t *p = from + std::min(i, near - 1) * l.key_up.row_bytes;
                 __builtin_prefetch(p + NEAR * l.key_up.row_bytes + (half ? 2 : 4) * c);
-                w[i] = half ? numbers<true>(p, c) : numbers<false>(p, c);
+                w[i] = half ? numbers<BFLOAT16>(p, c, l.C) : numbers<FLOAT32>(p, c, l.C);
             }
             for (int64_t t = 0; t < s.T; t++) {
                 float *to = sums + t * wide + c;
@@ -45,11 +45,11 @@ inline void absorb(const Layer &l, const Step &s, int64_t h, const float *querie
     }
 }
 
-// Sixteen queries side by side, from low[query][L], for rows in bfloat16 or not; those past the last are zero.
-inline void side_by_side(const float *low, int64_t queries, int64_t L, bool half, float *lanes) {
+// Sixteen queries side by side, from low[query][L], for rows of this kind; those past the last are zero.
+inline void side_by_side(const float *low, int64_t queries, int64_t L, int64_t kind, float *lanes) {
     int64_t count = std::min<int64_t>(queries, LANES);
     for (int64_t i = 0; i < L; i++) {
-        float *to = lanes + place(i, L, half) * LANES;
+        float *to = lanes + place(i, L, kind) * LANES;
         for (int64_t lane = 0; lane < LANES; lane++) to[lane] = lane < count ? low[lane * L + i] : 0.0f;
     }
 }

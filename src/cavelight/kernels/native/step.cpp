@@ -69,14 +69,14 @@ void look_back(Hand &hand) {
         int64_t n = after - room.group_of_span.begin() - 1;
         int64_t first = s.spans[n].first * l.H + (g - room.group_of_span[n]) * LANES;
         int64_t left = (s.spans[n].first + s.spans[n].count) * l.H - first;
-        side_by_side(&room.absorbed[first * L], left, L, s.past.half, &room.lanes[g * L * LANES]);
+        side_by_side(&room.absorbed[first * L], left, L, s.past.kind, &room.lanes[g * L * LANES]);
     });
     hand.wait();
     hand.share(room.pieces.size(), [&](int64_t i) {
         const Piece &piece = room.pieces[room.pieces.size() - 1 - i];  // long ones first
         int64_t group = room.group_of_span[piece.span];
-        auto act = s.past.half ? look<true> : look<false>;
-        act(s.past, s.spans[piece.span], piece, l.H, l.C, &room.lanes[group * L * LANES], &room.last[group], room.sums,
+        auto act = s.past.kind == INT8 ? look<INT8> : s.past.kind == BFLOAT16 ? look<BFLOAT16> : look<FLOAT32>;
+        act(s.past, s.spans[piece.span], piece, l.H, &room.lanes[group * L * LANES], &room.last[group], room.sums,
             hand.inner);
     });
     hand.wait();
