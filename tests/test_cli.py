@@ -114,6 +114,8 @@ def test_plan_reads_a_folder(tmp_path: Path) -> None:
         (["eval", "m", "--tasks", "arc_easy", "--data", "x", "--out", "y"], "--data, --out would do nothing here."),
         (["eval", "m", "--by-position", "--lengths", "4k"], "--lengths would do nothing here."),
         (["eval", "m", "--depths", "5"], "--depths would do nothing here. Got: --depths with held-out text."),
+        (["eval", "m", "--cache", "int8"], "--cache would do nothing here."),
+        (["eval", "m", "--needle", "--cache", "fp8"], "There is no such cache here."),
         (["eval", "m", "--needle", "--shots", "2"], "--shots would do nothing here."),
         (["eval", "m", "--limit", "2"], "--limit would do nothing here."),
         (["eval", "m", "--text-key", "body"], "--text-key is for the text that --data names."),

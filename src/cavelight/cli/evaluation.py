@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from cavelight.cli.generation import load
+from cavelight.cli.generation import cache_of, load
 from cavelight.cli.progress import screen
 from cavelight.cli.screen import OUT, duration, say_json
 from cavelight.disk import file_beside
@@ -21,6 +21,7 @@ from cavelight.spec.sections import DataSection
 if TYPE_CHECKING:
     from cavelight.data.store import TokenStore
     from cavelight.data.tokenizer import Tokenizer
+    from cavelight.run.rows import CacheDtype
     from cavelight.spec.config import ModelConfig
     from cavelight.train.needle import Found
 
@@ -29,8 +30,8 @@ SHORTEST = 512  # of the haystacks that are tried unless told, a quarter of the 
 
 MEANT_FOR = {  # what each way of evaluating minds of the options that not all of them do
     "held-out text": ("--data", "--text-key"),
-    "--by-position": ("--data", "--text-key", "--out"),
-    "--needle": ("--data", "--text-key", "--lengths", "--depths", "--trials", "--out"),
+    "--by-position": ("--data", "--text-key", "--out", "--cache"),
+    "--needle": ("--data", "--text-key", "--lengths", "--depths", "--trials", "--out", "--cache"),
     "--tasks": ("--shots", "--limit", "--include"),
 }
 
@@ -86,10 +87,12 @@ def by_position(
     text_key: str | None,
     out: Path | None,
     dtype: str,
+    cache: str | None,
     without_mtp: bool,
     as_json: bool,
 ) -> None:
     """What context is worth, up to the model's longest: a table, by-position.json and a figure."""
+    kept_in = cache_of(cache or "auto")
     model, tokenizer = load(path, dtype, without_mtp)
 
     from cavelight.see.context import draw_by_position
@@ -98,7 +101,7 @@ def by_position(
     with screen(f"{path} by position, on held-out text of {name_of(path, corpus)}", as_json) as listen:
         store = held_out_tokens(path, corpus, tokenizer, listen, text_key)
         length = min(model.config.max_position_embeddings, len(store) - 1)
-        buckets = loss_by_position(model, tokenizer, store, length, on_event=listen)
+        buckets = loss_by_position(model, tokenizer, store, length, on_event=listen, cache=kept_in)
     rows = [{**asdict(bucket), "loss": bucket.loss, "bits_per_byte": bucket.bits_per_byte} for bucket in buckets]
     folder = out or beside(path)
     write_json(folder / "by-position.json", {"length": length, "buckets": rows})
@@ -126,10 +129,12 @@ def needle(
     trials: int,
     out: Path | None,
     dtype: str,
+    cache: str | None,
     without_mtp: bool,
     as_json: bool,
 ) -> None:
     """Needles in held-out text, chosen as for the others: a table, needle.json, a heat map."""
+    kept_in = cache_of(cache or "auto")
     model, tokenizer = load(path, dtype, without_mtp)
 
     from cavelight.plan.table import tokens_of
@@ -141,8 +146,9 @@ def needle(
     with screen(f"{path}: needles in held-out text of {name_of(path, corpus)}", as_json) as listen:
         store = held_out_tokens(path, corpus, tokenizer, listen, text_key)
         text = plain_text(tokenizer, store.tokens_N[: max(chosen)].tolist())
-        results = find_needles(model, tokenizer, text, chosen, depths=depths, trials=trials, on_event=listen)
-    found, picture = report_needles(results, model.config, out or beside(path), path.resolve().name)
+        how = {"depths": depths, "trials": trials}
+        results = find_needles(model, tokenizer, text, chosen, **how, cache=kept_in, on_event=listen)
+    found, picture = report_needles(results, model.config, out or beside(path), path.resolve().name, kept_in)
     if as_json:
         say_json({"kind": "result", "lengths": found, "figure": picture})
         return
@@ -151,17 +157,18 @@ def needle(
 
 
 def report_needles(
-    results: "Sequence[Found]", config: "ModelConfig", folder: Path, name: str
+    results: "Sequence[Found]", config: "ModelConfig", folder: Path, name: str, kept_in: "CacheDtype" = "auto"
 ) -> tuple[list[dict[str, Any]], Path]:
     """Write needle.json and needle.png into `folder`; what is in the one, and where the other is.
 
-    Beside each cache's bytes stands what the planner says that decoding at this length takes for it, in float32.
+    Beside each cache's bytes stands what the planner says that decoding at this length takes for it: in float32, or in fp8, which has as many bytes
+    as int8.
     """
     from cavelight.plan.memory import decoding_memory
     from cavelight.see.context import draw_needles
 
     def planned(length: int) -> int:
-        return decoding_memory(config, context=length, cache="fp32").parts["cache"]
+        return decoding_memory(config, context=length, cache="fp8" if kept_in == "int8" else "fp32").parts["cache"]
 
     found = [{**asdict(result), "planned_cache_bytes": planned(result.length)} for result in results]
     write_json(folder / "needle.json", {"lengths": found})

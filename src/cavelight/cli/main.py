@@ -144,6 +144,9 @@ def evaluate(
         Path | None, typer.Option(metavar="DIR", help="Where figures go; beside the model unless told.")
     ] = None,
     dtype: Dtype = "auto",
+    cache: Annotated[
+        str | None, typer.Option(help="What --by-position and --needle keep the past in: auto, or int8.")
+    ] = None,
     without_mtp: WithoutMTP = False,
     as_json: Json = False,
 ) -> None:
@@ -154,7 +157,7 @@ def evaluate(
         from cavelight.cli import evaluation as command
 
         wanted = {"--by-position": by_position, "--needle": needle, "--tasks": tasks is not None}
-        text = {"--data": corpus, "--text-key": text_key, "--out": out}
+        text = {"--data": corpus, "--text-key": text_key, "--out": out, "--cache": cache}
         needles = {"--lengths": lengths, "--depths": depths, "--trials": trials}
         command.check_options(wanted, text | needles | {"--shots": shots, "--limit": limit, "--include": include})
         if tasks is not None:
@@ -164,9 +167,9 @@ def evaluate(
             harness.tasks(model, names, limit, include, shots, dtype, without_mtp, as_json)
         elif needle:
             numbers = (10 if depths is None else depths, 10 if trials is None else trials)
-            command.needle(model, corpus, text_key, lengths, *numbers, out, dtype, without_mtp, as_json)
+            command.needle(model, corpus, text_key, lengths, *numbers, out, dtype, cache, without_mtp, as_json)
         elif by_position:
-            command.by_position(model, corpus, text_key, out, dtype, without_mtp, as_json)
+            command.by_position(model, corpus, text_key, out, dtype, cache, without_mtp, as_json)
         else:
             command.evaluate(model, corpus, text_key, dtype, without_mtp, as_json)
 

@@ -19,6 +19,7 @@ from cavelight.errors import UserError
 from cavelight.model.ports import GroupedDispatch, PackedAttend
 from cavelight.model.transformer import Transformer
 from cavelight.run.cache import LatentCache
+from cavelight.run.rows import CacheDtype, cache_dtype
 from cavelight.spec.events import Event, Phase
 from cavelight.train.passage import hidden_of
 from cavelight.train.workers import ALONE, Workers
@@ -88,8 +89,12 @@ def loss_by_position(
     length: int,
     rows: int = 16,
     on_event: Callable[[Event], None] = lambda event: None,
+    *,
+    cache: CacheDtype = "auto",
 ) -> list[Bucket]:
     """What context is worth: held-out loss by the number of tokens that a prediction is made from.
+
+    The past is read from a latent cache, of which `cache` says what it is kept in.
 
     At most `rows` rows of `length` tokens, spread evenly over the store, in which document follows document, as in
     training without masks. The first bucket is 1 to 15 tokens, each further one twice as wide. Raises UserError for a
@@ -100,13 +105,14 @@ def loss_by_position(
     edges = [1, *(edge for edge in (1 << n for n in range(4, 40)) if edge <= length), length + 1]
     sizes_V = _text_bytes(tokenizer, model.config.vocab_size)
     nats_T, bytes_T = torch.zeros(length, dtype=torch.float64), torch.zeros(length, dtype=torch.int64)
-    cache = LatentCache(model.config, length, model.lm_head.weight.dtype)
+    rows_in = cache_dtype(model.config, model.lm_head.weight.dtype, cache)
+    latents = LatentCache(model.config, length, rows_in)
     for row, start in enumerate(torch.linspace(0, len(store) - length - 1, rows).long().tolist()):
         on_event(Phase("evaluating by position", row, rows, "rows"))
         tokens = store.tokens_N[start : start + length + 1].astype("int64").tolist()
         labels_T = torch.tensor(tokens[1:])
         bytes_T += sizes_V[labels_T]
-        for first, hidden_TD in hidden_of(model, cache, tokens[:-1]):
+        for first, hidden_TD in hidden_of(model, latents, tokens[:-1]):
             end = first + len(hidden_TD)
             nats_T[first:end] += torch.cat(list(_nll(model, hidden_TD, labels_T[first:end])))
     on_event(Phase("evaluating by position", rows, rows, "rows"))

@@ -23,6 +23,7 @@ from cavelight.errors import UserError
 from cavelight.model.transformer import Transformer
 from cavelight.run.cache import LatentCache
 from cavelight.run.generate import begin
+from cavelight.run.rows import CacheDtype, cache_dtype
 from cavelight.spec.events import Event, Phase
 from cavelight.train.passage import hidden_of
 
@@ -59,6 +60,7 @@ def find_needles(
     depths: int = 10,
     trials: int = 10,
     seed: int = 0,
+    cache: CacheDtype = "auto",
     on_event: Callable[[Event], None] = lambda event: None,
 ) -> list[Found]:
     """Hide facts in `text` and ask for them: for each length in tokens, question and answer included, `trials` needles
@@ -72,9 +74,13 @@ def find_needles(
     hay = tokenizer.encode(without_facts(text))
     if not hay:
         raise UserError("There is no text to hide needles in", got="nothing but facts", do="name more text with --data")
-    return [
-        _find(model, tokenizer, hay, length, depths, trials, Random(f"{seed} {length}"), on_event) for length in lengths
-    ]
+    dtype, found = cache_dtype(model.config, model.lm_head.weight.dtype, cache), []
+    for length in lengths:
+        latents = LatentCache(model.config, length, dtype)
+        found.append(
+            _find(model, tokenizer, hay, latents, length, depths, trials, Random(f"{seed} {length}"), on_event)
+        )
+    return found
 
 
 def plain_text(tokenizer: Tokenizer, tokens: Iterable[int]) -> str:
@@ -88,6 +94,7 @@ def _find(
     model: Transformer,
     tokenizer: Tokenizer,
     hay: Sequence[int],
+    cache: LatentCache,
     length: int,
     depths: int,
     trials: int,
@@ -97,7 +104,6 @@ def _find(
     """All haystacks of one length."""
     together, began = _together(tokenizer, length, depths), time.monotonic()
     found, asked = [0] * depths, [0] * depths
-    cache = LatentCache(model.config, length, model.lm_head.weight.dtype)
     starts = range(0, trials, together)
     for number, done in enumerate(starts):
         on_event(Phase(f"haystacks of {length:,} tokens", number, len(starts), "haystacks"))
