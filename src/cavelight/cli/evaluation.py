@@ -161,8 +161,8 @@ def report_needles(
 ) -> tuple[list[dict[str, Any]], Path]:
     """Write needle.json and needle.png into `folder`; what is in the one, and where the other is.
 
-    Beside each cache's bytes stands what the planner says that decoding at this length takes for it: in float32, or in fp8, which has as many bytes
-    as int8.
+    Beside each cache's bytes stands what the planner says that decoding at this length takes for it: in float32, or in
+    fp8, which has as many bytes as int8.
     """
     from cavelight.plan.memory import decoding_memory
     from cavelight.see.context import draw_needles

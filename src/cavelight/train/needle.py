@@ -76,10 +76,8 @@ def find_needles(
         raise UserError("There is no text to hide needles in", got="nothing but facts", do="name more text with --data")
     dtype, found = cache_dtype(model.config, model.lm_head.weight.dtype, cache), []
     for length in lengths:
-        latents = LatentCache(model.config, length, dtype)
-        found.append(
-            _find(model, tokenizer, hay, latents, length, depths, trials, Random(f"{seed} {length}"), on_event)
-        )
+        latents, source = LatentCache(model.config, length, dtype), Random(f"{seed} {length}")
+        found.append(_find(model, tokenizer, hay, latents, length, depths, trials, source, on_event))
     return found
 
 
