@@ -1,10 +1,12 @@
-"""What packing costs a trained model: held-out bits per byte of each format beside bfloat16, all read the same way.
+"""What packing costs a trained model: held-out bits per byte of each format beside bfloat16, all read the same way; and
+what keeping its past in int8 costs.
 
 python -m bench.packing runs/demo writes docs/results/packing.md. The model is converted by `cavelight convert`'s own
 code; each result is evaluated in float32, so that the formats alone differ.
 """
 
 import argparse
+import math
 import shlex
 import sys
 import tempfile
@@ -18,8 +20,9 @@ from bench.provenance import commit, leave_with, machine
 from cavelight.api import load
 from cavelight.cli.progress import screen
 from cavelight.disk import checkpoint_folder, file_beside
+from cavelight.run.rows import CACHE_DTYPES, CacheDtype
 from cavelight.spec.formats import named
-from cavelight.train.evaluate import held_out_bits_per_byte
+from cavelight.train.evaluate import held_out_bits_per_byte, loss_by_position
 from cavelight.train.prepare import held_out, read_corpora
 from cavelight.train.state import RunFolder
 from cavelight.train.workers import Workers
@@ -43,10 +46,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         outcomes = measure(options.run, Path(folder))
+        past = {cache: over_cache(options.run, cache) for cache in CACHE_DTYPES.values()}
     called = list(sys.argv[1:] if arguments is None else arguments)
     page = options.out / "packing.md"
     with file_beside(page) as scratch:
-        scratch.write_text(report(outcomes, called), encoding="utf-8")
+        scratch.write_text(report(outcomes, past, called), encoding="utf-8")
     print(f"wrote {page}")
     plain = outcomes["hf"].bits_per_byte
     kept = (bound is None or outcomes[name].bits_per_byte <= plain * (1 + bound) for name, bound in FORMATS.items())
@@ -68,7 +72,19 @@ def measure(run: Path, scratch: Path) -> dict[str, Outcome]:
     return outcomes
 
 
-def report(outcomes: dict[str, Outcome], called: Sequence[str]) -> str:
+def over_cache(run: Path, cache: CacheDtype) -> float:
+    """Bits per byte of rows of held-out text as long as the model's context, read over a latent cache."""
+    corpora = read_corpora(RunFolder(run).read_recipe().data)
+    with screen(f"{run} over a cache in {cache}", as_json=False) as listen:
+        model, tokenizer = load(run, torch.float32)
+        store, _ = held_out(corpora, tokenizer, listen)
+        length = min(model.config.max_position_embeddings, len(store) - 1)
+        buckets = loss_by_position(model, tokenizer, store, length, on_event=listen, cache=cache)
+    nats, size = sum(bucket.nats for bucket in buckets), sum(bucket.bytes for bucket in buckets)
+    return nats / size / math.log(2)
+
+
+def report(outcomes: dict[str, Outcome], past: dict[CacheDtype, float], called: Sequence[str]) -> str:
     plain = outcomes["hf"].bits_per_byte
     rows = []
     for name, outcome in outcomes.items():
@@ -83,6 +99,10 @@ leaves plain is bfloat16; all are evaluated in float32, int8 and int4 from their
 | format | held-out bits per byte | more than bf16 | allowed | MB of weights |
 |---|--:|--:|--:|--:|
 {chr(10).join(rows)}
+
+The past in int8 (`--cache int8`, [how](../design.md)) and as the weights are, on sixteen rows of held-out text as long
+as the model's context, in float32: {past["int8"]:.6f} and {past["auto"]:.6f} bits per byte,
+{past["int8"] / past["auto"] - 1:+.4%}.
 
 Command: `{shlex.join(["python", "-m", "bench.packing", *called])}`{"  "}
 Commit: {commit()}{"  "}
