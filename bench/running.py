@@ -1,7 +1,7 @@
 """How near running `mid` comes to what this machine can read and multiply, in bfloat16, int8 and int4.
 
 python -m bench.running writes docs/results/running.md and running.png. The model has random weights; probes are taken
-beside every case. transformers, on the same bfloat16 checkpoint, takes turns with ours.
+beside every case. transformers, on the same checkpoint, takes turns with ours, in the numbers that suit the processor.
 """
 
 import argparse
@@ -38,6 +38,7 @@ from cavelight.run.request import Request
 from cavelight.run.rows import row_bytes
 from cavelight.spec.events import Event
 from cavelight.spec.presets import preset
+from cavelight.train.optim import pick_dtype
 from cavelight.weights.snapshot import read_checkpoint, write_checkpoint
 
 PROMPTS, DEPTHS, BATCHES, TOP = (512, 4096), (0, 128, 4096, 16384), (2, 4, 8, 16, 32), (1, 2, 4, 6, 8, 12)
@@ -96,7 +97,7 @@ def checkpoints(scratch: Path) -> dict[str, Path]:
 def measured(folder: Path, kind: str, against: bool, listen: Callable[[Event], None]) -> list[Row]:
     model = read_checkpoint(folder)
     chosen, _ = cases(model.config, model.lm_head.weight.dtype, PROMPTS, DEPTHS, BATCHES)
-    peer = Transformers(folder, model.config, torch.bfloat16) if against and kind == "bfloat16" else None
+    peer = Transformers(folder, model.config, pick_dtype("auto")) if against and kind == "bfloat16" else None
     return sweep(model, chosen, peer, listen)
 
 
@@ -240,7 +241,7 @@ start), and the fastest square product of any kind of numbers ({probes.peak / 1e
 matrices are those of `cavelight convert`: embedding, head, router and both latent up-projections stay in bfloat16.
 Layers: {"natively" if not without_native() else without_native()}.
 
-| | bfloat16, tokens/s (share) | int8 | int4 | transformers, bfloat16 |
+| | bfloat16, tokens/s (share) | int8 | int4 | transformers, {str(pick_dtype("auto")).removeprefix("torch.")} |
 |---|--:|--:|--:|--:|
 {chr(10).join(lines)}
 
