@@ -14,7 +14,8 @@ struct Span {  // tokens of one sequence in a step
     int64_t first, count, start, pages;  // first token; how many; position of the first; where its pages begin
 };
 
-// A row in INT8: its latent in integers, a float32 scale for each GROUP of them, its rotary key in bfloat16 from here on.
+// A row in INT8: its latent in integers, a float32 scale for each GROUP of them, from `key_at` on its rotary key in
+// bfloat16. See run/rows.py.
 constexpr int64_t GROUP = 128;
 inline int64_t key_at(int64_t C) { return C + (C + GROUP - 1) / GROUP * 4; }
 

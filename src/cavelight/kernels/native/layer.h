@@ -75,9 +75,21 @@ struct Parts {
     int64_t last(int64_t part) const { return std::min(rows, first(part) + size); }
 };
 
-inline void part_of(const Matrix &m, const Parts &parts, int64_t part, int64_t e, const float *x, int64_t T, float *y) {
-    rows(m, e, parts.first(part), parts.last(part), x, T, y, m.rows);
+inline void part_of(const Matrix &m, const Parts &parts, int64_t part, int64_t e, const float *x, int64_t T, float *y,
+                    const uint8_t *next = nullptr) {
+    rows(m, e, parts.first(part), parts.last(part), x, T, y, m.rows, next);
 }
+
+// A part of each expert that was chosen, one expert after the other.
+struct Chosen {
+    const std::vector<int64_t> &met;
+    const Parts &parts;
+    int64_t count() const { return met.size() * parts.count; }
+    const uint8_t *start(const Matrix &m, int64_t i) const {  // nothing past the last one
+        if (i >= count()) return nullptr;
+        return m.data + met[i / parts.count] * m.stack_bytes + parts.first(i % parts.count) * m.row_bytes;
+    }
+};
 
 // gain: one row, float32 or bfloat16.
 inline void norm(const float *x, const Matrix &gain, float eps, int64_t width, float *y) {

@@ -156,24 +156,32 @@ inline void rows_and_tokens(const Matrix &m, int64_t e, int64_t o, const float *
         for (int t = 0; t < T; t++) y[t * width + o + r] = out[r][t];
 }
 
+struct Ahead {  // bytes to what is fetched meanwhile, 0 for nothing: on in the matrix, past `end` of it somewhere else
+    int64_t bytes, end, beyond;
+    int64_t at(int64_t byte) const { return bytes && byte + bytes >= end ? beyond : bytes; }
+};
+
 // y[t][o] for o in [first, last), `width` apart from row to row; x as `arranged` gives it; e: which matrix of a stack.
 template <int kind, int T>
-void block(const Matrix &m, int64_t e, int64_t first, int64_t last, const float *x, int64_t ahead, float *y,
+void block(const Matrix &m, int64_t e, int64_t first, int64_t last, const float *x, const Ahead &ahead, float *y,
            int64_t width) {
     constexpr int R = T == 8 ? 2 : 4;
     int64_t o = first;
-    for (; o + R <= last; o += R) rows_and_tokens<kind, R, T>(m, e, o, x, ahead, y, width);
-    for (; o < last; o++) rows_and_tokens<kind, 1, T>(m, e, o, x, ahead, y, width);
+    for (; o + R <= last; o += R) rows_and_tokens<kind, R, T>(m, e, o, x, ahead.at(o * m.row_bytes), y, width);
+    for (; o < last; o++) rows_and_tokens<kind, 1, T>(m, e, o, x, ahead.at(o * m.row_bytes), y, width);
 }
 
-// y[t][o] for o in [first, last), `width` apart from row to row; x as `arranged` gives it; e: which matrix of a stack.
+// The same for any T. next: what will be read after these rows, if that is known.
 template <int kind>
 void rows_of_kind(const Matrix &m, int64_t e, int64_t first, int64_t last, const float *x, int64_t T, float *y,
-                  int64_t width) {
+                  int64_t width, const uint8_t *next) {
     const int64_t near = 4 * m.row_bytes, far = (AHEAD + near - 1) / near * near, X = stride(m.columns);
+    const int64_t stop = last * m.row_bytes;
+    const int64_t beyond = next ? far + (next - (m.data + e * m.stack_bytes + stop)) : far;
     for (int64_t o = first; o < last; o += BLOCK_ROWS) {  // these stay in the cache while all tokens meet them
-        int64_t end = std::min(last, o + BLOCK_ROWS), ahead = far;
-        for (int64_t t = 0; t < T; ahead = 0) {
+        const int64_t end = std::min(last, o + BLOCK_ROWS);
+        Ahead ahead{far, stop, beyond};
+        for (int64_t t = 0; t < T; ahead.bytes = 0) {
             const float *some = x + t * X;
             float *to = y + t * width;
             int64_t left = T - t;
@@ -186,12 +194,12 @@ void rows_of_kind(const Matrix &m, int64_t e, int64_t first, int64_t last, const
 }
 
 inline void rows(const Matrix &m, int64_t e, int64_t first, int64_t last, const float *x, int64_t T, float *y,
-                 int64_t width) {
+                 int64_t width, const uint8_t *next = nullptr) {
     switch (m.kind) {
-        case FLOAT32: return rows_of_kind<FLOAT32>(m, e, first, last, x, T, y, width);
-        case BFLOAT16: return rows_of_kind<BFLOAT16>(m, e, first, last, x, T, y, width);
-        case INT8: return rows_of_kind<INT8>(m, e, first, last, x, T, y, width);
-        default: return rows_of_kind<INT4>(m, e, first, last, x, T, y, width);
+        case FLOAT32: return rows_of_kind<FLOAT32>(m, e, first, last, x, T, y, width, next);
+        case BFLOAT16: return rows_of_kind<BFLOAT16>(m, e, first, last, x, T, y, width, next);
+        case INT8: return rows_of_kind<INT8>(m, e, first, last, x, T, y, width, next);
+        default: return rows_of_kind<INT4>(m, e, first, last, x, T, y, width, next);
     }
 }
 

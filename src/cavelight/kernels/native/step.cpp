@@ -153,15 +153,16 @@ void into_experts(Hand &hand) {
     const int64_t F = l.gate.rows, D = l.D;
     const float *x = arranged(l.gate.kind, hand.normed.data(), s.T, D, hand.order);
     const Parts parts(l.gate, s.threads);
-    hand.share(room.met.size() * parts.count, [&](int64_t i) {
+    const Chosen chosen{room.met, parts};
+    hand.share(chosen.count(), [&](int64_t i) {
         int64_t at = i / parts.count, part = i % parts.count, first = room.first_pair[at];
         int64_t n = room.first_pair[at + 1] - first;
         float *gate = &room.hidden[first * F], *up = &room.hidden[(s.T * l.K + first) * F];
         hand.inner.resize(n * stride(D));
         for (int64_t j = 0; j < n; j++)
             std::copy_n(x + room.pair[first + j] / l.K * stride(D), D, &hand.inner[j * stride(D)]);
-        part_of(l.gate, parts, part, room.met[at], hand.inner.data(), n, gate);
-        part_of(l.up, parts, part, room.met[at], hand.inner.data(), n, up);
+        part_of(l.gate, parts, part, room.met[at], hand.inner.data(), n, gate, chosen.start(l.up, i));
+        part_of(l.up, parts, part, room.met[at], hand.inner.data(), n, up, chosen.start(l.gate, i + s.threads));
         swiglu(gate, up, n, F, parts.first(part), parts.last(part));
     });
     hand.wait();
@@ -189,7 +190,8 @@ void out_of_experts(Hand &hand) {
     Room &room = hand.room;
     const int64_t F = l.gate.rows, S = l.shared_gate.rows;
     const Parts parts(l.shared ? l.shared_down : l.down, s.threads);
-    const int64_t routed = l.E ? room.met.size() * parts.count : 0;
+    const Chosen chosen{room.met, parts};
+    const int64_t routed = l.E ? chosen.count() : 0;
     const float *x = l.shared ? arranged(l.shared_down.kind, room.shared_hidden.data(), s.T, S, hand.order) : nullptr;
     const float *hidden = nullptr;
     int64_t arranged_at = -1;
@@ -198,7 +200,8 @@ void out_of_experts(Hand &hand) {
         int64_t at = i / parts.count, first = room.first_pair[at], n = room.first_pair[at + 1] - first;
         if (at != arranged_at) hidden = arranged(l.down.kind, &room.hidden[first * F], n, F, hand.inner);
         arranged_at = at;
-        part_of(l.down, parts, i % parts.count, room.met[at], hidden, n, &room.routed[first * l.D]);
+        float *y = &room.routed[first * l.D];
+        part_of(l.down, parts, i % parts.count, room.met[at], hidden, n, y, chosen.start(l.down, i + s.threads));
     });
     hand.wait();
     hand.share(parts.count, [&](int64_t i) { add_up(l, s, parts.first(i), parts.last(i), room); });
