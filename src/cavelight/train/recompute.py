@@ -7,7 +7,7 @@ the bit, since the same operations run on the same numbers; routing is handed ba
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -34,12 +34,13 @@ _ATTENTION = {
 def recompute(model: Transformer, how: Recompute) -> None:
     """From now on `model` keeps less for its backward pass. Its parameters and their names stay as they are."""
     for module in model.modules():
+        own = vars(module)  # what is put here comes before the class's methods
         if how == "full" and isinstance(module, Block):
-            module.forward = _remade(module.forward)  # type: ignore[method-assign]  # of this one block
+            own["forward"] = _remade(module.forward)
         elif how == "selective" and isinstance(module, Block):
-            module.attention = _remade(module.attention, _down_projections(module))  # type: ignore[method-assign]
+            own["attention"] = _remade(module.attention, _down_projections(module))
         elif how == "selective" and isinstance(module, SwiGLU) and not module.trains_as_one:
-            module.forward = _remade(module.forward, (module.gate_proj, module.up_proj))  # type: ignore[method-assign]
+            own["forward"] = _remade(module.forward, (module.gate_proj, module.up_proj))
 
 
 def _down_projections(block: Block) -> tuple[nn.Module, ...]:
@@ -61,6 +62,7 @@ def _remade(work: Callable[Given, Made], kept: tuple[nn.Module, ...] = ()) -> Ca
 
     contexts = partial(create_selective_checkpoint_contexts, policy) if kept else noop_context_fn
 
+    @wraps(work)
     def remade(*given: Given.args, **named: Given.kwargs) -> Made:
         if not torch.is_grad_enabled():
             return work(*given, **named)
