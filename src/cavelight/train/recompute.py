@@ -1,9 +1,10 @@
 """Recomputation: what the backward pass makes anew instead of keeping it since the forward pass.
 
 selective, as the V3 report has it (sections 3.2.3 and 3.3.3): norms, the up-projections of MLA and the products inside
-SwiGLU are made again; what the down-projections and the attention kernel made is kept, and so is what the experts keep,
-who remake their own product anyway. full: of each layer only its input is kept. Values and gradients are the same to
-the bit, since the same operations run on the same numbers; routing is handed back once, by the forward pass.
+SwiGLU are made again; what the down-projections and the attention kernel made is kept, and so is what experts and, in
+float32, any SwiGLU keep, which remake their own product anyway. full: of each layer only its input is kept. Values and
+gradients are the same to the bit, since the same operations run on the same numbers; routing is handed back once, by
+the forward pass.
 """
 
 from collections.abc import Callable
