@@ -169,6 +169,15 @@ def test_hooks_and_foreign_modules_are_not_gone_past() -> None:
         assert_close(a, b)
 
 
+def test_methods_of_a_module_itself_are_not_gone_past() -> None:
+    model = random_model(CONFIG)
+    layer = model.model.layers[1]
+    vars(layer)["forward"] = lambda *given: (2 * given[0], None)
+    assert quick(model) is model
+    del vars(layer)["forward"]
+    assert quick(model) is not model
+
+
 def test_shapes_that_the_configuration_does_not_say() -> None:
     """Experts may be taken out of a model by hand: its plain modules do not mind."""
     model = random_model(small_config(n_group=1, topk_group=1, num_nextn_predict_layers=0)).requires_grad_(False)

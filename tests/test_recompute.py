@@ -9,6 +9,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from cavelight.model.ports import GroupedDispatch, PackedAttend
 from cavelight.model.transformer import Transformer
+from cavelight.run.generate import TokenStream
+from cavelight.run.quick import quick
 from cavelight.spec.config import ModelConfig
 from cavelight.spec.sections import Recompute, TrainSection
 from cavelight.train.fp8 import emulate
@@ -87,6 +89,22 @@ def test_less_is_kept() -> None:
 def test_recomputing_keeps_parameters_and_their_names() -> None:
     config = CONFIGS["v3 with a module"]
     assert list(model_of(config, "selective").state_dict()) == list(model_of(config, "none").state_dict())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@by_way
+def test_a_model_in_training_is_run_like_any_other(how: Recompute, dtype: torch.dtype) -> None:
+    """By a view of its own modules, which widens their numbers, and not by what training put in place of methods."""
+    config = CONFIGS["v3 with a module"]
+    prompt = [token % config.vocab_size for token in range(40)]  # more than go through layers in one piece
+    tokens = []
+    for way in (how, "none"):
+        model = Transformer(config, dtype)
+        model.load_state_dict(model_of(config, "none").state_dict())
+        recompute(model, way)
+        assert quick(model) is not model
+        tokens.append(list(TokenStream(model, prompt, max_new_tokens=5, drafts=1)))
+    assert tokens[0] == tokens[1]
 
 
 @by_way

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from cavelight.errors import UserError
 from cavelight.spec.events import Event, Note, Step
@@ -26,8 +27,11 @@ __all__ = ["corpus", "recipe"]  # fixtures
     [
         {"dtype": "float32", "ema_decay": 0.9, "ramp_from_rows": 2, "ramp_share": 0.9},
         {"dtype": "bfloat16", "optimizer": "muon"},
+        {"moments": "bfloat16", "recompute": "selective", "rows_per_microbatch": 1},
+        {"moments": "bfloat16", "recompute": "full", "fp8": True, "optimizer": "muon", "ema_decay": 0.9},
+        {"moments": "bfloat16", "dtype": "bfloat16", "recompute": "selective", "rows_per_microbatch": 4},
     ],
-    ids=["adamw", "muon"],
+    ids=["adamw", "muon", "selective", "fp8", "bfloat16"],
 )
 def test_a_run_that_was_killed_goes_on_as_if_it_had_not(
     recipe: Recipe, keys: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -121,6 +125,21 @@ def test_resuming_takes_new_rates_but_no_other_model_or_data(recipe: Recipe, tmp
     assert [line["rows"] for line in told if line["kind"] == "step"] == [4] * 6 + [2]
     assert sum(line.get("whole", False) for line in told) == 1
     assert RunFolder(tmp_path / "run").average.is_dir()
+
+
+def test_a_run_goes_on_with_moments_in_other_numbers_and_back(recipe: Recipe, tmp_path: Path) -> None:
+    """Widened they lose nothing; rounded they are what is saved from then on."""
+    loop.train(changed(recipe, steps=2), tmp_path / "run")
+    kept = []
+    for steps, kind in ((3, "bfloat16"), (4, "float32")):
+        loop.train(changed(recipe, steps=steps, moments=kind), tmp_path / "run", resume=True)
+        saved = load_file(folder_of(RunFolder(tmp_path / "run").saves, steps) / "optimizer.safetensors")
+        kept.append({tensor.dtype for name, tensor in saved.items() if "exp_avg" in name})
+    assert kept == [{torch.bfloat16}, {torch.float32}]
+    losses = [line["loss"] for line in lines(tmp_path / "run") if line["kind"] == "step"]
+    loop.train(changed(recipe, steps=4), tmp_path / "whole")
+    told = [line["loss"] for line in lines(tmp_path / "whole") if line["kind"] == "step"]
+    assert losses[:3] == told[:3] and losses[3] == pytest.approx(told[3], rel=1e-3) and losses[3] != told[3]
 
 
 @pytest.mark.parametrize("own", [False, True], ids=["tokenizer of the corpus", "tokenizer given"])

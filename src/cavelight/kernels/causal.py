@@ -23,6 +23,8 @@ TOKENS_AT_ONCE = 2048  # of sequences that go through together: a share of a bat
 SCORES_AT_ONCE = 1 << 17  # of a block over its heads: they stay in a core's cache
 LEAST = -50.0  # e to this is nothing beside 1, and its products are still no denormal numbers, which are slow
 
+Latents = tuple[Tensor, Tensor, Tensor, Tensor]  # c_tC, k_rope_tR, k_up_HNC, v_up_HUC
+
 
 def causal(
     q_nope_THN: Tensor,
@@ -53,11 +55,8 @@ class _Causal(torch.autograd.Function):
         q_HTW = _heads_first((q_nope_THN, q_rope_THR), W).mul_(scale)
         o_THU, logsumexp_HT1 = q_HTW.new_empty(T, H, U), q_HTW.new_empty(H, T, 1)
         for some, B in _sequences(lengths):
-            raised = _raise(c_TC[some], k_rope_TR[some], k_up_HNC, v_up_HUC, W, W)
-            q, k, v = (t.unflatten(1, (B, -1)).transpose(0, 1) for t in (q_HTW[:, some], *raised))
-            o_BHtW, logsumexp_BHt = _flash(q, k, v, is_causal=True, scale=1.0)
-            o_THU[some].unflatten(0, (B, -1)).copy_(o_BHtW[..., :U].transpose(1, 2))
-            logsumexp_HT1[:, some, 0].unflatten(1, (B, -1)).copy_(logsumexp_BHt.transpose(0, 1))
+            latents = c_TC[some], k_rope_TR[some], k_up_HNC, v_up_HUC
+            _attend(B, q_HTW[:, some], latents, o_THU[some], logsumexp_HT1[:, some, 0])
         ctx.save_for_backward(q_HTW, c_TC, k_rope_TR, k_up_HNC, v_up_HUC, o_THU, logsumexp_HT1)
         ctx.lengths, ctx.scale = lengths, scale
         return o_THU
@@ -66,33 +65,67 @@ class _Causal(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q_HTW, c_TC, k_rope_TR, k_up_HNC, v_up_HUC, o_THU, logsumexp_HT1 = ctx.saved_tensors
-        (do_THU,), N, U = grads, k_up_HNC.shape[1], v_up_HUC.shape[1]
-        X, ups_wanted = N + k_rope_TR.shape[1], ctx.needs_input_grad[4:6]
+        (do_THU,), N = grads, k_up_HNC.shape[1]
+        X = N + k_rope_TR.shape[1]
         dq_THX, dc_TC, dk_rope_TR = (torch.empty_like(t) for t in (q_HTW[..., :X].transpose(0, 1), c_TC, k_rope_TR))
-        dk_up_YC, dv_up_YC = (torch.zeros_like(up.flatten(0, 1)) for up in (k_up_HNC, v_up_HUC))
+        dk_up_HNC, dv_up_HUC = (up.new_zeros(up.shape) for up in (k_up_HNC, v_up_HUC))
+        ups = [
+            dup if wanted else None
+            for dup, wanted in zip((dk_up_HNC, dv_up_HUC), ctx.needs_input_grad[4:6], strict=True)
+        ]
         for some, B in _sequences(ctx.lengths):
-            k_HTX, v_HTU = _raise(c_TC[some], k_rope_TR[some], k_up_HNC, v_up_HUC, X, U)
-            delta_HT1 = torch.linalg.vecdot(do_THU[some], o_THU[some]).mT[..., None].contiguous()
-            given = (
-                q_HTW[:, some, :X],
-                k_HTX,
-                v_HTU,
-                _heads_first((do_THU[some],), U),
-                logsumexp_HT1[:, some],
-                delta_HT1,
-            )
-            made = tuple(t.new_zeros(t.shape) for t in given[:3])
-            _backward(*(t.unflatten(1, (B, -1)).flatten(0, 1) for t in (*given, *made)))
-            dq_HTX, dk_HTX, dv_HTU = made
-            dq_THX[some] = dq_HTX.mul_(ctx.scale).transpose(0, 1)
-            torch.sum(dk_HTX[..., N:], dim=0, out=dk_rope_TR[some])
-            dk_TY, dv_TY = (d_HTX.transpose(0, 1).flatten(1) for d_HTX in (dk_HTX[..., :N], dv_HTU))
-            torch.mm(dk_TY, k_up_HNC.flatten(0, 1), out=dc_TC[some]).addmm_(dv_TY, v_up_HUC.flatten(0, 1))
-            for wanted, dup_YC, d_TY in zip(ups_wanted, (dk_up_YC, dv_up_YC), (dk_TY, dv_TY), strict=True):
-                if wanted:  # else it is a constant
-                    dup_YC.addmm_(d_TY.mT, c_TC[some])
-        dk_up_HNC, dv_up_HUC = dk_up_YC.view_as(k_up_HNC), dv_up_YC.view_as(v_up_HUC)
+            latents = c_TC[some], k_rope_TR[some], k_up_HNC, v_up_HUC
+            given = q_HTW[:, some, :X], latents, do_THU[some], o_THU[some], logsumexp_HT1[:, some]
+            _way_back(B, ctx.scale, *given, (dq_THX[some], dc_TC[some], dk_rope_TR[some]), ups)
         return dq_THX[..., :N], dq_THX[..., N:], dc_TC, dk_rope_TR, dk_up_HNC, dv_up_HUC, None, None
+
+
+# Functions of their own for some sequences, so that nothing of these stands beside the next ones'.
+
+
+def _attend(B: int, q_HtW: Tensor, latents: Latents, o_tHU: Tensor, logsumexp_Ht: Tensor) -> None:
+    """B sequences of one length, into the last two."""
+    W, U = q_HtW.shape[2], o_tHU.shape[2]
+    q, k, v = (t.unflatten(1, (B, -1)).transpose(0, 1) for t in (q_HtW, *_raise(*latents, W, W)))
+    o_BHtW, logsumexp_BHt = _flash(q, k, v, is_causal=True, scale=1.0)
+    o_tHU.unflatten(0, (B, -1)).copy_(o_BHtW[..., :U].transpose(1, 2))
+    logsumexp_Ht.unflatten(1, (B, -1)).copy_(logsumexp_BHt.transpose(0, 1))
+
+
+def _way_back(
+    B: int,
+    scale: float,
+    q_HtX: Tensor,
+    latents: Latents,
+    do_tHU: Tensor,
+    o_tHU: Tensor,
+    logsumexp_Ht1: Tensor,
+    made: tuple[Tensor, Tensor, Tensor],
+    ups: Sequence[Tensor | None],
+) -> None:
+    """The gradients of queries and latents, into `made`; those of the up-projections that are no constants, added."""
+    (c_tC, _, k_up_HNC, v_up_HUC), (dq_tHX, dc_tC, dk_rope_tR) = latents, made
+    N = k_up_HNC.shape[1]
+    dq_HtX, dk_HtX, dv_HtU = _heads_back(B, q_HtX, latents, do_tHU, o_tHU, logsumexp_Ht1)
+    dq_tHX.copy_(dq_HtX.mul_(scale).transpose(0, 1))
+    torch.sum(dk_HtX[..., N:], dim=0, out=dk_rope_tR)
+    dk_tY, dv_tY = (d_HtX.transpose(0, 1).flatten(1) for d_HtX in (dk_HtX[..., :N], dv_HtU))
+    torch.mm(dk_tY, k_up_HNC.flatten(0, 1), out=dc_tC).addmm_(dv_tY, v_up_HUC.flatten(0, 1))
+    for dup_HXC, d_tY in zip(ups, (dk_tY, dv_tY), strict=True):
+        if dup_HXC is not None:
+            dup_HXC.flatten(0, 1).addmm_(d_tY.mT, c_tC)
+
+
+def _heads_back(
+    B: int, q_HtX: Tensor, latents: Latents, do_tHU: Tensor, o_tHU: Tensor, logsumexp_Ht1: Tensor
+) -> tuple[Tensor, ...]:
+    """The gradients of scaled queries, keys and values."""
+    k_HtX, v_HtU = _raise(*latents, q_HtX.shape[2], o_tHU.shape[2])
+    delta_Ht1 = torch.linalg.vecdot(do_tHU, o_tHU).mT[..., None].contiguous()
+    made = tuple(t.new_zeros(t.shape) for t in (q_HtX, k_HtX, v_HtU))
+    given = (q_HtX, k_HtX, v_HtU, _heads_first((do_tHU,), v_HtU.shape[2]), logsumexp_Ht1, delta_Ht1)
+    _backward(*(t.unflatten(1, (B, -1)).flatten(0, 1) for t in (*given, *made)))
+    return made
 
 
 def _raise(

@@ -54,7 +54,7 @@ def training_here(
         step = max(step, (4 + 2 * side) * elements)  # the first sums are float32 copies, made before the others go
     if moments == "bfloat16":
         step = max(step, 4 * elements + 8 * max(sizes))  # a parameter's moments are widened beside all gradients
-    evaluation = threads * forward_bytes(config, EVALUATED_AT_ONCE, dtype)
+    evaluation = threads * forward_bytes(config, EVALUATED_AT_ONCE, row, dtype)
     churn = max(step, evaluation)
     parts = {
         "weights": b * elements,
@@ -135,7 +135,7 @@ def _chunk_bytes(config: ModelConfig, T: int, S: int, b: int) -> int:
         attention = queries + b * T * H * (N + R + W) + raised + (T * S * (2 + b) if 1 < T < S else 0)
     stream = 3 * b * T * c.hidden_size
     through = Pass(config, T, b)
-    return max(stream + attention, *(through.alone(layer) for layer in range(c.num_hidden_layers)))
+    return max(stream + attention, *(through.ffn_alone(layer) for layer in range(c.num_hidden_layers)))
 
 
 def _absorbs(T: int, S: int, N: int, R: int, U: int, C: int) -> bool:

@@ -21,6 +21,9 @@ Dtype = Literal["float32", "bfloat16"]
 TOKEN_ID = 8  # bytes
 LOGITS_IN_TRAINING, FEWEST_TOKENS = 1 << 22, 64  # kernels.cross_entropy: numbers at once, for so many tokens at least
 LOGITS_AT_ONCE = 512  # train.evaluate: tokens of the head; this and the next number are theirs, tests hold them equal
+RAISED_AT_ONCE = (
+    2048  # kernels.causal: tokens of whole sequences that have keys and values at a time, or one sequence's
+)
 HIDDEN_AT_ONCE, ROWS_AT_ONCE = 1 << 19, 1024  # kernels.swiglu, kernels.experts: numbers, and rows, at a time
 PADDED_ROWS = (
     64  # kernels.experts: in bfloat16, from so many tokens on, an expert's rows are padded to a multiple of it
@@ -70,18 +73,21 @@ def sections(config: ModelConfig, rows: int, row: int, dtype: Dtype) -> list[Sec
         return sum(size for name, size in weights.items() if name.startswith(prefix))
 
     def layer(number: int, at: str) -> tuple[Section, Section]:
-        return through.attention(gradients(f"{at}.self_attn")), through.ffn(number, gradients(f"{at}.mlp"))
+        return through.attention(gradients(f"{at}.self_attn"), row), through.ffn(number, gradients(f"{at}.mlp"))
 
     head, embedding = gradients("lm_head"), gradients("model.embed")
-    made = [Section(TOKEN_ID * through.T, 0, 0, embedding)]
+    modules = config.num_nextn_predict_layers
+    # Gradients of what is used several times come with its last use, the first on the way back; others are added.
+    made = [Section(TOKEN_ID * through.T, 0, *((embedding, 0) if modules else (0, embedding)))]
     for n in range(config.num_hidden_layers):
         made += layer(n, f"model.layers.{n}")
-    modules = config.num_nextn_predict_layers
     made.append(through.loss(0 if modules else head, head if modules else 0))
     for module in range(modules):
-        made.append(through.join(gradients(f"mtp.{module}.eh_proj"), embedding))
+        last = module == modules - 1
+        joining = gradients(f"mtp.{module}.eh_proj")
+        made.append(through.join(joining + embedding, 0) if last else through.join(joining, embedding))
         made += layer(config.num_hidden_layers + module, f"mtp.{module}.block")
-        made.append(through.loss(head, 0) if module == modules - 1 else through.loss(0, head))
+        made.append(through.loss(head, 0) if last else through.loss(0, head))
     return made
 
 
@@ -90,12 +96,12 @@ def kept_bytes(config: ModelConfig, rows: int, row: int, dtype: Dtype) -> int:
     return sum(section.kept for section in sections(config, rows, row, dtype))
 
 
-def forward_bytes(config: ModelConfig, tokens: int, dtype: Dtype) -> int:
-    """The most at any moment of evaluating a batch: from layer to layer nothing is kept but the stream of states."""
+def forward_bytes(config: ModelConfig, tokens: int, row: int, dtype: Dtype) -> int:
+    """The most at any moment of evaluating a batch of such rows: between layers only the stream of states stays."""
     through = Pass(config, tokens, width(dtype))
-    layers = [through.alone(layer) for layer in range(config.num_hidden_layers)]
+    layers = [through.ffn_alone(layer) for layer in range(config.num_hidden_layers)]
     logits = min(tokens, LOGITS_AT_ONCE) * config.vocab_size * (4 + 4)  # and their log-softmax
-    return max(*layers, logits + through.b * config.hidden_size * tokens)
+    return max(through.attention_alone(row), *layers, logits + through.b * config.hidden_size * tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,15 +115,18 @@ class Pass:
     def loss(self, gradients: int, again: int) -> Section:
         """The norm; the gradients of its output and of the head, made with the loss (kernels.cross_entropy).
 
-        They are scaled on the way back. The head's gradient comes with its last use, the first on the way back;
-        `again`, those of its other uses.
+        They are scaled on the way back. `again`: the head's gradient, where it is added to one that there is.
         """
-        D, V, b = self.config.hidden_size, self.config.vocab_size, self.b
-        at_once = min(self.T, max(LOGITS_IN_TRAINING // V, FEWEST_TOKENS))
-        logits = (4 + (2 * b if b == 2 else 0)) * V * at_once  # they become their softmax, and that the gradient
-        sums = 4 * V * D if b == 2 else 0
-        kept = self._norm(D, used=False) + b * D * (V + self.T)
-        return Section(kept, logits + sums, max(again, gradients) + b * D * self.T, gradients)
+        D, V, b, T = self.config.hidden_size, self.config.vocab_size, self.b, self.T
+        at_once = min(T, max(LOGITS_IN_TRAINING // V, FEWEST_TOKENS))
+        made = 4 * V * at_once  # logits become their softmax, and that the gradient
+        if (
+            b == 2
+        ):  # Logits and their gradient stand beside them; then a part of the head's gradient, whose sum is float32
+            # and rounded at the end. Where bfloat16 is emulated, the product that makes the part is float32 before.
+            made = max(8 * V * at_once - 2 * V * D, 4 * V * at_once + 4 * V * D) + 4 * V * D
+        kept = self._norm(D, used=False) + b * D * (V + T)
+        return Section(kept, made + b * D * T, again + b * D * T, gradients)
 
     def join(self, gradients: int, again: int) -> Section:
         """A prediction module's input: both norms, side by side (V3 report, eq. 21)."""
@@ -136,18 +145,27 @@ class Pass:
         """
         return (4 * width + 4 + (2 * width * (used + 1) if self.b == 2 else 0)) * self.T
 
-    def attention(self, gradients: int) -> Section:
-        """Norm, latents, expanded keys and values, and the heads' output (kernels.attend.expanded)."""
-        c, b = self.config, self.b
+    def attention(self, gradients: int, row: int) -> Section:
+        """Norm, latents, expanded keys and values, and the heads' output, of rows of `row` tokens."""
+        c, b, T = self.config, self.b, self.T
         H, N, R, U = c.num_attention_heads, c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim
-        C, D, W = c.kv_lora_rank, c.hidden_size, max(N + R, U)
+        C, D, X = c.kv_lora_rank, c.hidden_size, N + R
+        W = max(X, U)
         latents = b * (C + R) + 8 * R  # in float32 the norm keeps the whole row it is a part of; two rotations
-        # kernels.causal keeps queries, output, logsumexp and the rotary key; torch's own kernel, which has all of one
-        # width, keys and values too.
-        heads = (4 * (H * (W + U) + R) if b == 4 else 2 * H * (4 * W + (U if U < W else 0))) + 4 * H
-        kept = self._norm(D) + (self._norm(C, used=False) if b == 2 else 4 * self.T) + (latents + heads) * self.T
+        kept = self._norm(D) + (self._norm(C, used=False) if b == 2 else 4 * T) + (latents + 4 * H) * T
         kept += self._norm(c.q_lora_rank) if c.q_lora_rank else 0
-        return Section(kept, 3 * b * H * W * self.T, b * (D + 6 * H * W) * self.T, gradients)
+        turned = b * H * (X + R) * T  # queries, and what RoPE makes of them, while heads are computed
+        if b == 2:  # kernels.attend.expanded: queries, keys, values and output, all of one width
+            kept += 2 * H * (4 * W + (U if U < W else 0)) * T
+            forward = turned + 2 * H * (N + (2 * X if X < W else 0)) * T
+            return Section(kept, forward, 2 * (D + 4 * H * W) * T, gradients)
+        # kernels.causal: queries, output and the rotary key; keys and values of t tokens are raised at a time.
+        kept += 4 * (H * (W + U) + R) * T
+        t = self.raised(row)
+        queries = X if t < T else 0  # copied, where they are a part of all
+        forward = turned + 4 * D * T + 4 * H * (max(N + U, W) + 2 * W) * t
+        backward = 4 * (D + H * (X + U)) * T + 4 * H * (queries + 3 * (X + U)) * t
+        return Section(kept, forward, backward, gradients)
 
     def ffn(self, layer: int, gradients: int) -> Section:
         """The norm, and the dense feed-forward or router, routed and shared experts."""
@@ -165,18 +183,31 @@ class Pass:
         some = min(P, max(ROWS_AT_ONCE, P // max(E, 1)))  # rows of experts at a time
         return Section(kept, 4 * D * T + b * some * (D + F), (4 + b) * D * T + b * some * (2 * D + 5 * F), gradients)
 
-    def alone(self, layer: int) -> int:
-        """The most that a layer takes where no gradient is wanted."""
+    def attention_alone(self, row: int) -> int:
+        """The most that attention over rows of `row` tokens takes where no gradient is wanted."""
         c, b, T = self.config, self.b, self.T
-        D, H, N, U = c.hidden_size, c.num_attention_heads, c.qk_nope_head_dim, c.v_head_dim
-        W = max(N + c.qk_rope_head_dim, U)
-        stream = 2 * b * D * T  # the residual and the normalised one
-        attention = b * H * (5 * W + N + 2 * U) * T
-        if not c.is_moe(layer):
-            return stream + max(attention, 3 * b * c.intermediate_size * T)
+        H, N, R, U = c.num_attention_heads, c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim
+        X, W = N + R, max(N + R, U)
+        stream = 2 * b * c.hidden_size * T  # the residual and the normalised one
+        if b == 2:
+            widened = (W if U < W else 0) + (2 * W if X < W else 0)
+            return stream + 2 * H * (3 * X + R + N + U + W + widened) * T
+        t = self.raised(row)
+        return stream + 4 * H * ((X + R + W + U) * T + (max(N + U, W) + 2 * W) * t)
+
+    def ffn_alone(self, layer: int) -> int:
+        """The most that a layer's feed-forward takes where no gradient is wanted."""
+        c, b, T = self.config, self.b, self.T
+        stream = 3 * b * c.hidden_size * T  # the layer's input, the residual and the normalised one
+        if not c.is_moe(layer):  # in bfloat16 a product is float32 before, where it is emulated
+            return stream + (3 if b == 4 else 4) * b * c.intermediate_size * T
         P, F = self.expert_rows(), c.moe_intermediate_size
         some = min(P, max(ROWS_AT_ONCE, P // max(c.n_routed_experts or 1, 1)))
-        return stream + max(attention, 4 * D * T + b * (2 * P * F + some * (D + F)))
+        return stream + 4 * c.hidden_size * T + b * (2 * P * F + some * (c.hidden_size + F))
+
+    def raised(self, row: int) -> int:
+        """Tokens that have keys and values at a time, in float32: of whole rows (kernels.causal)."""
+        return min(self.T, row * max(RAISED_AT_ONCE // row, 1))
 
     def expert_rows(self) -> int:
         """Pairs of token and expert, and padding: half of the multiple for each expert on average."""

@@ -9,6 +9,7 @@ go through the plain modules, for which a matrix is widened to float32 a part at
 
 import copy
 from ctypes import CDLL
+from types import MethodType
 from weakref import WeakKeyDictionary
 
 import torch
@@ -43,7 +44,7 @@ _made: WeakKeyDictionary[Transformer, tuple[Transformer, tuple[object, ...]]] = 
 
 def quick(model: Transformer) -> Transformer:
     """The model to run in place of `model`: itself where that is none in float32 or bfloat16 on a CPU, has shapes other
-    than its configuration says, or foreign modules or hooks inside, which a view would go past.
+    than its configuration says, or foreign modules, methods or hooks inside, which a view would go past.
 
     Parameters are shared: what changes them in place is seen. If they moved, a new view is made when next asked for.
     """
@@ -75,7 +76,18 @@ def _at_home(dispatch: Dispatch) -> bool:
 
 def _is_plain(module: nn.Module) -> bool:
     known = type(module) in OURS or isinstance(module, native.KeepsMatrix)
-    return known and not module._forward_hooks and not module._forward_pre_hooks
+    own = all(_wraps_its_class(module, name) for name in _own_methods(module))
+    return known and own and not module._forward_hooks and not module._forward_pre_hooks
+
+
+def _own_methods(module: nn.Module) -> list[str]:
+    """Names of methods that were put on a module itself and come before its class's."""
+    return [name for name in vars(module) if callable(getattr(type(module), name, None))]
+
+
+def _wraps_its_class(module: nn.Module, name: str) -> bool:
+    """Whether such a method is the class's, wrapped for training (train.recompute)."""
+    return getattr(vars(module)[name], "__wrapped__", None) == MethodType(getattr(type(module), name), module)
 
 
 def _is_in_shape(model: Transformer) -> bool:
@@ -112,6 +124,8 @@ def _view(module: nn.Module) -> nn.Module:
     if isinstance(module, Linear) or (isinstance(module, native.KeepsMatrix) and hasattr(module, "in_features")):
         return QuickLinear(module)
     made = copy.copy(module)
+    for name in _own_methods(module):  # bound to `module`, and would lead back to it
+        del made.__dict__[name]
     made._modules = {name: child and _view(child) for name, child in module._modules.items()}
     if isinstance(made, Block | Trunk):
         assert isinstance(module, Block | Trunk)

@@ -108,9 +108,8 @@ def prune(saves: Path, step: int, keep: int, keep_every: int | None) -> None:
     stays = {*until[-keep:], *(other for other in until if keep_every and other % keep_every == 0)}
     for other in set(steps) - stays:
         folder = folder_of(saves, other)
-        gone = folder.with_name(
-            f".{folder.name}.{os.getpid()}.part"
-        )  # a kill while it is being emptied leaves nothing to be read
+        # By another name: a kill while it is being emptied leaves nothing to be read.
+        gone = folder.with_name(f".{folder.name}.{os.getpid()}.part")
         os.replace(folder, gone)
         shutil.rmtree(gone)
 

@@ -135,11 +135,14 @@ class _Run:
         self.flops_per_token = cost.flops_per_token(
             self.data.config, 0, queries=recipe.data.row_length, form="expanded", training=True, mtp=True
         )
-        if recipe.train.steps and recipe.train.steps <= recipe.train.warmup_steps:
-            on_event(Note(f"All {recipe.train.steps:,} steps are warm-up: the learning rate never reaches its peak"))
-        kind = str(self.dtype).removeprefix("torch.")
+        self._introduce()
+
+    def _introduce(self) -> None:
+        steps, kind = self.recipe.train.steps, str(self.dtype).removeprefix("torch.")
+        if steps and steps <= self.recipe.train.warmup_steps:
+            self.on_event(Note(f"All {steps:,} steps are warm-up: the learning rate never reaches its peak"))
         total = sum(parameter.numel() for parameter in self.model.parameters())
-        on_event(Note(f"{total:,} parameters in {kind}; {len(self.data.train):,} training tokens"))
+        self.on_event(Note(f"{total:,} parameters in {kind}; {len(self.data.train):,} training tokens"))
 
     def run(self) -> Result:
         with _stop_on_interrupt() as stopping:

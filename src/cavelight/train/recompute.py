@@ -1,13 +1,14 @@
 """Recomputation: what the backward pass makes anew instead of keeping it since the forward pass.
 
 selective, as the V3 report has it (sections 3.2.3 and 3.3.3): norms, the up-projections of MLA and the products inside
-SwiGLU are made again; what the down-projections and the attention kernel made is kept, and so is what the experts keep,
-who remake their own product anyway. full: of each layer only its input is kept. Values and gradients are the same to
-the bit, since the same operations run on the same numbers; routing is handed back once, by the forward pass.
+SwiGLU are made again; what the down-projections and the attention kernel made is kept, and so is what experts and, in
+float32, any SwiGLU keep, which remake their own product anyway. full: of each layer only its input is kept. Values and
+gradients are the same to the bit, since the same operations run on the same numbers; routing is handed back once, by
+the forward pass.
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -34,12 +35,13 @@ _ATTENTION = {
 def recompute(model: Transformer, how: Recompute) -> None:
     """From now on `model` keeps less for its backward pass. Its parameters and their names stay as they are."""
     for module in model.modules():
+        own = vars(module)  # what is put here comes before the class's methods
         if how == "full" and isinstance(module, Block):
-            module.forward = _remade(module.forward)  # type: ignore[method-assign]  # of this one block
+            own["forward"] = _remade(module.forward)
         elif how == "selective" and isinstance(module, Block):
-            module.attention = _remade(module.attention, _down_projections(module))  # type: ignore[method-assign]
+            own["attention"] = _remade(module.attention, _down_projections(module))
         elif how == "selective" and isinstance(module, SwiGLU) and not module.trains_as_one:
-            module.forward = _remade(module.forward, (module.gate_proj, module.up_proj))  # type: ignore[method-assign]
+            own["forward"] = _remade(module.forward, (module.gate_proj, module.up_proj))
 
 
 def _down_projections(block: Block) -> tuple[nn.Module, ...]:
@@ -61,6 +63,7 @@ def _remade(work: Callable[Given, Made], kept: tuple[nn.Module, ...] = ()) -> Ca
 
     contexts = partial(create_selective_checkpoint_contexts, policy) if kept else noop_context_fn
 
+    @wraps(work)
     def remade(*given: Given.args, **named: Given.kwargs) -> Made:
         if not torch.is_grad_enabled():
             return work(*given, **named)
