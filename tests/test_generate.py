@@ -235,6 +235,22 @@ def test_statistics_add_up() -> None:
     assert json.loads(json.dumps(stats.as_dict()))["rounds"] == len(stats.round_tokens)
 
 
+@pytest.mark.usefixtures("plainly")
+def test_what_native_layers_lack_is_said() -> None:
+    stream = TokenStream(MODEL, PROMPT, max_new_tokens=3)
+    list(stream)
+    assert stream.stats.as_dict()["without_native"] == "a test is without"
+    assert stream.stats.report().splitlines()[2] == "Without native layers: a test is without."
+
+
+def test_native_layers_need_no_word() -> None:
+    stream = TokenStream(MODEL, PROMPT, max_new_tokens=3)
+    list(stream)
+    assert stream.stats.as_dict()["without_native"] is None and len(stream.stats.report().splitlines()) == 2
+    double = TokenStream(random_model(small_config()).double(), PROMPT, max_new_tokens=3)
+    assert double.stats.without_native == "they do not compute all parts of a model like this one"
+
+
 def test_the_report_is_two_lines() -> None:
     stats = Stats(prompt_tokens=7, new_tokens=9, prefill_seconds=0.5, decode_seconds=2.0, finish="end token")
     assert stats.report().splitlines() == [

@@ -181,6 +181,7 @@ def together(runs: "Sequence[Stats]") -> dict[str, Any]:
     whole.proposed = [sum(place) for place in zip_longest(*(run.proposed for run in runs), fillvalue=0)]
     whole.accepted = [sum(place) for place in zip_longest(*(run.accepted for run in runs), fillvalue=0)]
     whole.off = runs[-1].off if all(run.off for run in runs) else None
+    whole.without_native = runs[-1].without_native
     decoded = sum(run.new_tokens - 1 for run in runs)  # the first token of each came with its prompt
     rate = decoded / whole.decode_seconds if whole.decode_seconds else 0.0
     return whole.as_dict() | {"tokens_per_second": rate}

@@ -22,7 +22,7 @@ from cavelight.run.invariant import DispatchAlone, RowBlocks
 from cavelight.run.pace import Pace
 from cavelight.run.paged import PagedCache, Span
 from cavelight.run.pages import Pages, Table
-from cavelight.run.quick import quick, without_native
+from cavelight.run.quick import quick, why_plain, without_native
 from cavelight.run.request import Generation, Request
 from cavelight.run.scheduler import Job, Part, Scheduler, Totals
 from cavelight.run.speculate import Chain, Drafter, Wish
@@ -200,6 +200,7 @@ class Engine:
         job, siblings = generation.job, generation.siblings
         if job is None:
             return
+        generation.stats.without_native = why_plain(self.model, self.dispatch)
         generation.job, generation.siblings = None, []
         siblings = [sibling for sibling in siblings if not sibling.stats.finish]
         if siblings:  # the prompt is not through: the next one takes its place
@@ -255,7 +256,7 @@ class Engine:
         if logits_TV is not None:
             try:
                 new, _ = generation.chooser.tokens(logits_TV, job.tokens, guesses)
-            except Exception as error:  # a hook's too: it ends this generation and no other
+            except Exception as error:  # the user's hook may raise anything: it ends this generation, no other
                 self._end(generation, "error", error)
                 return
         self.scheduler.advance(part, new)
@@ -278,7 +279,7 @@ class Engine:
         for sibling in siblings:
             try:
                 new = [] if sibling.stats.finish else sibling.chooser.tokens(logits_TV, tokens, [])[0]
-            except Exception as error:  # as above
+            except Exception as error:  # the hook's, as above
                 self._end(sibling, "error", error)
             if sibling.stats.finish:
                 job.samples -= 1

@@ -18,7 +18,7 @@ from cavelight.model.router import Routing
 from cavelight.model.transformer import Transformer
 from cavelight.run.cache import LatentCache
 from cavelight.run.choose import Allowed, Chooser
-from cavelight.run.quick import is_steady, quick
+from cavelight.run.quick import quick, why_plain
 from cavelight.run.sample import Sampling
 from cavelight.run.settle import Settler, is_close
 from cavelight.run.speculate import Chain, Drafter, Wish, cost_of_round
@@ -70,10 +70,11 @@ class TokenStream(Iterator[int]):
         capacity = len(self.tokens) + min(max(max_new_tokens, 0), ROOM)
         self.cache = LatentCache(config, capacity, weight.dtype, weight.device)
         # Either a row's bits are the same in any step, or what they decide is settled; if neither, the clock may not.
-        self.steady = is_steady(self.model, self.dispatch)
+        without_native = why_plain(self.model, self.dispatch)
+        self.steady = without_native is None
         self.exact = self.steady or (sampling.greedy and weight.dtype in (torch.float32, torch.float64))
         self.settler: Settler | None = None
-        self.stats = Stats(prompt_tokens=len(self.tokens))
+        self.stats = Stats(prompt_tokens=len(self.tokens), without_native=without_native)
         self.may_turn_off = drafts == "auto"
         self.chain = Chain()
         self.drafter = self._drafter(drafts)
@@ -183,6 +184,8 @@ class TokenStream(Iterator[int]):
         if stats.finish is None and len(self.tokens) > self.limit:
             stats.finish = f"context's limit of {self.limit} tokens"
         stats.new_tokens += len(ready)
+        if stats.finish and not self.steady:  # the library may have come meanwhile
+            stats.without_native = why_plain(self.model, self.dispatch)
         return ready
 
     def _draft(self) -> None:

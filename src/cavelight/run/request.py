@@ -10,7 +10,7 @@ from threading import Lock
 
 from torch import Tensor
 
-from cavelight.errors import UserError
+from cavelight.errors import UserError, check_options
 from cavelight.run.choose import Allowed, Chooser
 from cavelight.run.generate import GREEDY, Drafts, cut
 from cavelight.run.pace import Chances
@@ -54,13 +54,7 @@ class Request:
             ("likeliest", isinstance(likeliest, int) and likeliest >= 0, "0 or more, or None"),
             ("allowed", self.allowed is None or callable(self.allowed), "a function"),
         )
-        wrong = [(name, must) for name, fine, must in rules if not fine]
-        if wrong:
-            raise UserError(
-                "The request cannot be used",
-                got=", ".join(f"{name} = {getattr(self, name)!r}" for name, _ in wrong),
-                why="; ".join(f"{name} must be {must}" for name, must in wrong),
-            )
+        check_options("The request cannot be used", self, rules)
 
 
 @dataclass(frozen=True)
@@ -147,10 +141,10 @@ class Generation(Iterator[int]):
         self.chain, self.guesses = Chain(), []
 
     def guess(self, logits_V: Tensor, tokens: Sequence[int]) -> int | None:
-        """As its chooser does; an error (the modules' NaN) ends this generation and no other."""
+        """As its chooser does; the modules' NaN ends this generation and no other."""
         try:
             return self.chooser.guess(logits_V, tokens)
-        except Exception as error:
+        except UserError as error:
             self.failed = error
             return None
 

@@ -32,6 +32,7 @@ class Stats:
     accepted: list[int] = field(default_factory=list)
     settled: int = 0  # near-ties that were settled by a second computation
     off: str | None = None  # why speculation was turned off, or never on
+    without_native: str | None = None  # why the plain modules did what kernels.native would do faster
     finish: str | None = None  # why the generation ended
 
     def add_round(self, drafts: Sequence[int], new: Sequence[int], seconds: float | None) -> int:
@@ -83,13 +84,14 @@ class Stats:
         return tokens >= cost
 
     def report(self) -> str:
-        """Two lines for people."""
+        """Two lines for people, and a third one where native layers are missing."""
         ended = f"; ended by the {self.finish}" if self.finish else ""
         first = (
             f"{self.new_tokens} tokens, {self.tokens_per_second:.1f} a second, "
             f"after a prompt of {self.prompt_tokens} in {self.prefill_seconds:.2f} s{ended}."
         )
-        return f"{first}\n{self._speculation()}"
+        lines = [first, self._speculation()]
+        return "\n".join(lines + ([f"Without native layers: {self.without_native}."] if self.without_native else []))
 
     def _speculation(self) -> str:
         if not self.round_tokens:
@@ -120,6 +122,7 @@ class Stats:
             "gain": self.gain,
             "settled": self.settled,
             "off": self.off,
+            "without_native": self.without_native,
             "finish": self.finish,
         }
 
