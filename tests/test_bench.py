@@ -219,6 +219,13 @@ def test_a_checkpoint_needs_no_tokenizer(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "bench.json").exists()
 
 
+@pytest.mark.usefixtures("hasty", "plainly")
+def test_why_there_are_no_native_layers_is_said(tmp_path: Path) -> None:
+    shown = run("nano", "--prompts", "4", "--depths", "", "--batches", "", "--out", str(tmp_path))
+    assert "without native layers: a test is without" in " ".join(shown.output.split())
+    assert json.loads((tmp_path / "bench.json").read_text())["without_native"] == "a test is without"
+
+
 @pytest.mark.usefixtures("hasty")
 def test_what_is_left_out_is_said(tmp_path: Path) -> None:
     asked = ("nano", "--prompts", "1,9k", "--depths", "0,508,16k", "--batches", "10m", "--out", str(tmp_path))

@@ -195,6 +195,16 @@ def test_what_cannot_be_done_is_refused_at_once(request_: Request, says: str) ->
         engine_of(model, pages=10).submit(request_)
 
 
+def test_drafts_without_measure_are_as_many_as_fit() -> None:
+    engine = engine_of(model_of(1), budget=8, most=4)
+    made = [*engine.submit(Request([1, 2], 20, drafts=10**30)), *engine.submit(Request([3], 20, drafts=0))]
+    most = 0
+    while engine.step():
+        most = max(most, *(len(generation.guesses) for generation in made))
+    assert most in (6, 7)  # beside the other's token, or alone
+    assert [generation.tokens for generation in made] == [alone(engine.model, each.request) for each in made]
+
+
 def test_a_full_queue_refuses() -> None:
     engine = engine_of(model_of(0), queue=2)
     engine.submit(Request([1]))
@@ -207,6 +217,7 @@ def test_a_full_queue_refuses() -> None:
     "options",
     [
         {"max_new_tokens": 2.5},
+        {"max_new_tokens": -1},
         {"samples": 0},
         {"priority": None},
         {"client": 3},

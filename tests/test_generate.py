@@ -6,6 +6,7 @@ import json
 import math
 import random
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -115,6 +116,21 @@ def test_a_prompt_may_be_a_tensor_and_an_empty_one_is_the_begin_token() -> None:
     assert generate_tokens(MODEL, [], 5) == generate_tokens(MODEL, [CONFIG.bos_token_id], 5)
     with pytest.raises(UserError, match="empty"):
         generate_tokens(random_model(small_config(bos_token_id=None)), [])
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"max_new_tokens": -1}, "max_new_tokens = -1"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens = 2.5"),
+        ({"drafts": -1}, "Got: -1"),
+        ({"drafts": "many"}, "Got: 'many'"),
+    ],
+    ids=str,
+)
+def test_numbers_that_make_no_sense(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        TokenStream(MODEL, PROMPT, **options)
 
 
 @pytest.mark.parametrize("unknown", [48, -1])

@@ -37,6 +37,14 @@ class Options:
     stop: Sequence[str]
     drafts: Drafts
 
+    def check(self) -> None:
+        """Raises UserError before anything is loaded."""
+        from cavelight.run.sample import Sampling
+        from cavelight.run.text import StopStrings
+
+        Sampling(self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty, self.seed)
+        StopStrings(self.stop)
+
     def stream(self, model: "Transformer", tokenizer: "Tokenizer", prompt: str | list[int]) -> "TextStream":
         from cavelight.api import generate
 
@@ -74,9 +82,10 @@ def dtype_of(text: str) -> "torch.dtype | None":
 def generate(path: Path, prompt: str | None, options: Options, dtype: str, without_mtp: bool, as_json: bool) -> None:
     """Stream what follows `prompt` (standard input where None) to stdout; what it took goes to stderr."""
     if prompt is None:
-        if sys.stdin.isatty():
+        if sys.stdin is None or sys.stdin.isatty():
             raise UserError("There is no prompt", do="give one with -p, or pipe it in")
         prompt = sys.stdin.read()
+    options.check()
     model, tokenizer = load(path, dtype, without_mtp)
     stream = options.stream(model, tokenizer, prompt)
     if as_json:
@@ -94,15 +103,14 @@ def show(stream: "TextStream", shown: list[str]) -> None:
     try:
         for piece in stream:
             shown.append(piece)
-            sys.stdout.write(piece)
-            sys.stdout.flush()
+            print(piece, end="", flush=True)
     finally:
-        sys.stdout.write("\n")
-        sys.stdout.flush()
+        print(flush=True)
 
 
 def chat(path: Path, system: str | None, options: Options, dtype: str, without_mtp: bool, as_json: bool) -> None:
     """A conversation in the checkpoint's own format: a line in, an answer out. /new begins anew, /exit leaves."""
+    options.check()
     model, tokenizer = load(path, dtype, without_mtp)
     opening: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
     messages = list(opening)
@@ -140,6 +148,8 @@ def chat(path: Path, system: str | None, options: Options, dtype: str, without_m
 
 def _next_line(as_json: bool) -> str | None:
     """What was typed, without spaces around it; None at the end of input."""
+    if sys.stdin is None:
+        return None
     try:
         return (input() if as_json or not sys.stdin.isatty() else OUT.input("[bold green]> ")).strip()
     except EOFError:

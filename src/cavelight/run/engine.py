@@ -90,7 +90,7 @@ class Engine:
         Raises UserError for a prompt that cannot be used, for a request that could never fit, and if too many wait.
         """
         prompt, limit = self._checked(request)
-        drafts = self.pace.most if request.drafts == "auto" else request.drafts
+        drafts = self.pace.most if request.drafts == "auto" else min(request.drafts, limit, self.scheduler.budget)
         stop_ids = frozenset(end_tokens(self.config) if request.stop_ids is None else request.stop_ids)
         made = [
             Generation(request, prompt, stop_ids, number, drafts, self.step, self.cancel, self.clock())
@@ -98,7 +98,7 @@ class Engine:
         ]
         for generation in made:
             generation.stats.off = None if self.modules else "the model has no MTP module"
-            if request.max_new_tokens <= 0:
+            if request.max_new_tokens == 0:
                 generation.end("limit of new tokens")
         self._coming.append((made, limit))
         return made
@@ -316,7 +316,7 @@ class Engine:
         drafts = 0
         # Siblings will begin with choices of their own; who has ended just leaves true rows to others.
         if job.left == 1 and not generation.siblings and not generation.stats.finish:
-            room = min(generation.room - 1, job.limit - len(job.tokens))
+            room = min(generation.room - 1, job.limit - len(job.tokens), self.scheduler.budget - company)
             auto = generation.request.drafts == "auto"
             many = (
                 self.pace.drafts(generation.chances, len(generation.tokens), company)

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from cavelight.errors import UserError
+from cavelight.errors import UserError, check_options
 from cavelight.model.ports import Dispatch, GroupedDispatch
 from cavelight.model.router import Routing
 from cavelight.model.transformer import Transformer
@@ -65,9 +65,10 @@ class TokenStream(Iterator[int]):
         self.stop_ids: AbstractSet[int] = frozenset(end_tokens(config) if stop_ids is None else stop_ids)
         self.chooser = Chooser(sampling, allowed, self.stop_ids)
         self.max_new_tokens = max_new_tokens
+        check_options("So many tokens cannot be made", self, [limit_rule(max_new_tokens)])
         self.limit = config.max_position_embeddings
         self.dispatch = dispatch or GroupedDispatch()
-        capacity = len(self.tokens) + min(max(max_new_tokens, 0), ROOM)
+        capacity = len(self.tokens) + min(max_new_tokens, ROOM)
         self.cache = LatentCache(config, capacity, weight.dtype, weight.device)
         # Either a row's bits are the same in any step, or what they decide is settled; if neither, the clock may not.
         without_native = why_plain(self.model, self.dispatch)
@@ -102,7 +103,7 @@ class TokenStream(Iterator[int]):
         return Drafter(self.model, lambda pieces: self.cache.at(pieces[0][1]), self.dispatch, depth)
 
     def _stream(self) -> Iterator[int]:
-        if self.max_new_tokens <= 0:
+        if self.max_new_tokens == 0:
             self.stats.finish = "limit of new tokens"
             return
         ready = self._prefill()
@@ -266,12 +267,17 @@ def end_tokens(config: ModelConfig) -> list[int]:
     return [] if eos is None else [eos] if isinstance(eos, int) else eos
 
 
+def limit_rule(max_new_tokens: int) -> tuple[str, bool, str]:
+    """For `check_options`."""
+    return "max_new_tokens", isinstance(max_new_tokens, int) and max_new_tokens >= 0, "a whole number from 0 on"
+
+
 def checked_drafts(config: ModelConfig, drafts: Drafts) -> None:
     """Raises UserError if the model cannot make so many drafts."""
     if drafts == "auto" or drafts == 0:
         return
-    if drafts < 0:
-        raise UserError("The number of drafts cannot be negative", got=str(drafts))
+    if not isinstance(drafts, int) or drafts < 0:
+        raise UserError("Drafts are auto or a number that is not negative", got=repr(drafts))
     if config.num_nextn_predict_layers == 0:
         raise UserError(
             "This model cannot draft", got=f"{drafts} drafts", why="it has no MTP module", do="leave drafts at auto"

@@ -104,7 +104,7 @@ def _state(model: Transformer) -> tuple[object, ...]:
 
 def without_native(wait: bool = True) -> str | None:
     """Why kernels.native cannot be used, None if it can: once it is built, or as it is without waiting for that."""
-    return None if BUILD.get(wait) else BUILD.why_not() or "they are still being built"
+    return None if BUILD.get(wait) else BUILD.why_not() or "they are still being built, for the next run"
 
 
 def _view(module: nn.Module) -> nn.Module:

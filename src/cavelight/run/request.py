@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cavelight.errors import UserError, check_options
 from cavelight.run.choose import Allowed, Chooser
-from cavelight.run.generate import GREEDY, Drafts, cut
+from cavelight.run.generate import GREEDY, Drafts, cut, limit_rule
 from cavelight.run.pace import Chances
 from cavelight.run.sample import Sampling
 from cavelight.run.scheduler import Job
@@ -45,7 +45,7 @@ class Request:
         stop_ids = () if self.stop_ids is None else self.stop_ids
         likeliest = 0 if self.likeliest is None else self.likeliest
         rules = (
-            ("max_new_tokens", isinstance(self.max_new_tokens, int), "a whole number"),
+            limit_rule(self.max_new_tokens),
             ("stop_ids", all(isinstance(token, int) for token in stop_ids), "token ids"),
             ("samples", isinstance(self.samples, int) and self.samples > 0, "1 or more"),
             ("drafts", self.drafts == "auto" or isinstance(self.drafts, int), "auto or a number"),
