@@ -63,6 +63,21 @@ def test_an_error_at_the_end_of_a_prompt_leaves_the_samples_of_others() -> None:
     assert [generation.stats.finish for generation in bad] == ["error", "error"] and engine.load.pages_held == 0
 
 
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
+def test_a_step_that_was_broken_off_is_the_last(error: type[BaseException], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What would come after it could be wrong without a word."""
+    engine = engine_of(model_of(1))
+    (mine,) = engine.submit(Request([1, 2], 8))
+    engine.step()
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.drafter, "propose", lambda wishes: (_ for _ in ()).throw(error))
+        with pytest.raises(error):
+            engine.run()
+    for again in (engine.run, lambda: list(mine)):
+        with pytest.raises(UserError, match=rf"broken off in the middle of a step. Got: {error.__name__}"):
+            again()
+
+
 def test_a_hook_that_calls_the_engine_is_told_so() -> None:
     engine = engine_of(model_of(1))
 
@@ -183,6 +198,9 @@ def test_cancelling_the_first_sample_leaves_the_others() -> None:
     [
         (Request([]), "prompt is empty"),
         (Request([10**6]), "unknown token ids"),
+        (Request("text"), "no list of token ids. Got: 'text'"),  # type: ignore[arg-type]
+        (Request([1, 2.5]), "no list of token ids"),  # type: ignore[list-item]
+        (Request(7), "no list of token ids. Got: 7"),  # type: ignore[arg-type]
         (Request([1] * (LIMIT + 1)), "longer than the context"),
         (Request([1] * 30, 30), "does not fit into the engine"),
         (Request([1], 5, samples=99), "too many samples"),
@@ -224,6 +242,7 @@ def test_a_full_queue_refuses() -> None:
         {"likeliest": -1},
         {"drafts": "many"},
         {"stop_ids": {"end"}},
+        {"stop_ids": 7},
         {"allowed": 3},
     ],
     ids=str,
@@ -238,6 +257,7 @@ def test_a_request_that_makes_no_sense_is_none(options: dict[str, Any]) -> None:
     [
         ({"memory": 100}, "memory is too small"),
         ({"memory": 1e6}, "memory = 1000000.0"),
+        ({"memory": 1 << 60}, "Memory is too small to hold the engine's cache"),
         ({"most": 0}, "most = 0"),
         ({"page": 0}, "page = 0"),
         ({"queue": 0}, "queue = 0"),

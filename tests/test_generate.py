@@ -282,6 +282,17 @@ def test_the_report_is_two_lines() -> None:
     )
 
 
+def test_what_was_cancelled_was_ended_by_nothing() -> None:
+    stream = TokenStream(MODEL, PROMPT, max_new_tokens=3)
+    next(stream)
+    stream.cancel()
+    assert list(stream) == [] and stream.stats.report().splitlines()[0].endswith(" s; cancelled.")
+    ended = TokenStream(MODEL, PROMPT, max_new_tokens=3)
+    list(ended)
+    ended.cancel()
+    assert ended.stats.finish == "limit of new tokens"
+
+
 # Text
 
 

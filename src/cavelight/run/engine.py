@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from cavelight.errors import UserError
+from cavelight.memory import check_memory
 from cavelight.model.ports import Attend, Dispatch, GroupedDispatch
 from cavelight.model.transformer import Transformer
 from cavelight.run.generate import checked_drafts, checked_prompt, end_tokens
@@ -26,6 +27,7 @@ from cavelight.run.quick import quick, why_plain, without_native
 from cavelight.run.request import Generation, Request
 from cavelight.run.scheduler import Job, Part, Scheduler, Totals
 from cavelight.run.speculate import Chain, Drafter, Wish
+from cavelight.run.stats import CANCELLED
 from cavelight.spec.config import ModelConfig
 
 PAGE = 32  # positions
@@ -50,7 +52,8 @@ class Engine:
     pieces that fit beside what decodes. most: generations that run at once; more may wait, up to `queue`.
     invariant: a request gives the same tokens alone and in any company, to the bit, at the price that every row of a
     step is computed in a way that knows nothing of the others (run/invariant.py).
-    Raises UserError for a budget below `most`, and if not even one page fits into the memory.
+    Raises UserError for a budget below `most`, if not even one page fits into the memory, and if that is more than the
+    machine has.
     """
 
     def __init__(
@@ -74,6 +77,8 @@ class Engine:
         if invariant:
             without_native()  # half by one way and half by another would not be the same to the bit
         self.dispatch = DispatchAlone() if invariant else dispatch or GroupedDispatch()
+        if weight.device.type == "cpu":
+            check_memory(memory, "the engine's cache", "give it less")
         self.modules = config.num_nextn_predict_layers
         self.cache = PagedCache(config, memory // each, page, weight.dtype, weight.device)
         self.scheduler = Scheduler(Pages(memory // each, page, lookahead=(self.modules, 0)), budget, most)
@@ -83,6 +88,7 @@ class Engine:
         self._coming: deque[tuple[list[Generation], int]] = deque()
         self._leaving: deque[Generation] = deque()
         self._lock, self._stepping = RLock(), False
+        self._broken: BaseException | None = None  # by what a step was
 
     def submit(self, request: Request) -> list[Generation]:
         """One generation for each of the request's samples. May be called from any thread.
@@ -103,7 +109,7 @@ class Engine:
         self._coming.append((made, limit))
         return made
 
-    def cancel(self, generation: Generation, why: str = "cancelled") -> None:
+    def cancel(self, generation: Generation, why: str = CANCELLED) -> None:
         """End a generation, whatever it is at. May be called from any thread."""
         if generation.end(why):
             self._leaving.append(generation)
@@ -111,15 +117,23 @@ class Engine:
     def step(self) -> bool:
         """Compute something for whoever is in turn; False if nobody wants anything.
 
-        Raises UserError if it is called out of a step, by a hook. An error of the model itself leaves the engine in
-        the middle of a step: it is of no more use then.
+        Raises UserError if it is called out of a step, by a hook, and after a step that was broken off in its middle:
+        by an error of the model itself, or by Ctrl-C. The engine is of no more use then.
         """
         with self._lock, torch.inference_mode():
+            if self._broken is not None:
+                got, why = repr(self._broken), "what its sequences had come to is not known"
+                raise UserError(
+                    "The engine was broken off in the middle of a step", got=got, why=why, do="make a new one"
+                )
             if self._stepping:
                 raise UserError("A hook called the engine that called it", why="a step has to end before the next one")
             self._stepping = True
             try:
                 return self._step()
+            except BaseException as error:  # Ctrl-C too
+                self._broken = error
+                raise
             finally:
                 self._stepping = False
 

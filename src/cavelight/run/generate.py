@@ -7,6 +7,7 @@ the trunk has not seen yet; a step runs it through the trunk with the drafts tha
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from collections.abc import Set as AbstractSet
+from operator import index
 from typing import Literal
 
 import torch
@@ -22,7 +23,7 @@ from cavelight.run.quick import quick, why_plain
 from cavelight.run.sample import Sampling
 from cavelight.run.settle import Settler, is_close
 from cavelight.run.speculate import Chain, Drafter, Wish, cost_of_round
-from cavelight.run.stats import WINDOW, Stats
+from cavelight.run.stats import CANCELLED, WINDOW, Stats
 from cavelight.spec.config import ModelConfig
 
 Drafts = int | Literal["auto"]
@@ -30,9 +31,7 @@ GREEDY = Sampling()
 CHUNK = 512  # prompt tokens that go through at once
 TIMED_STEPS = (2, 4, 6)  # of a speculating run, the steps made plain to measure them; later one in PERIOD
 PERIOD = 64
-TRIED = (
-    3  # rounds, and as many plain steps, after which drafts may be given up for costing more than they ever can give
-)
+TRIED = 3  # rounds, and as many plain steps, after which drafts that can never give what they cost are given up
 ROOM = 256  # new tokens that the cache has room for from the start
 
 
@@ -40,8 +39,8 @@ class TokenStream(Iterator[int]):
     """New tokens, one by one; `stats` tells how it went. The end token, where one comes, is the last.
 
     drafts: how many tokens to guess ahead with the MTP modules; 0 for none; "auto" for as many as there are modules,
-    until it shows that they do not pay. Whatever it is, the output is the same token for token in float32: exactly if
-    greedy, up to a rare near-tie if sampled.
+    until it shows that they do not pay. Whatever it is, the output is the same token for token: natively in any type,
+    plainly in float32, exactly if greedy and up to a rare near-tie if sampled.
     stop_ids: the configuration's end tokens unless given. allowed: which tokens may follow; see `choose.Allowed`.
     Raises UserError for a prompt that does not fit or is no list of token ids, and if the model produces NaN.
     """
@@ -87,9 +86,9 @@ class TokenStream(Iterator[int]):
     def __next__(self) -> int:
         return next(self._tokens)
 
-    def cancel(self, why: str = "cancelled") -> None:
+    def cancel(self, why: str = CANCELLED) -> None:
         """End it; no more tokens come."""
-        self.stats.finish = why
+        self.stats.finish = self.stats.finish or why
         self._tokens = iter(())
 
     def _drafter(self, drafts: Drafts) -> Drafter | None:
@@ -286,7 +285,11 @@ def checked_drafts(config: ModelConfig, drafts: Drafts) -> None:
 
 def checked_prompt(config: ModelConfig, tokens: Sequence[int]) -> list[int]:
     """The prompt as a list; an empty one becomes the begin token. Raises UserError if it cannot be used."""
-    prompt = [int(token) for token in tokens] or begin(config)  # a tensor will do too
+    try:
+        prompt = [index(token) for token in tokens] or begin(config)  # a tensor will do too
+    except TypeError as error:
+        got, do = " ".join(repr(tokens).split())[:100], "encode text with the model's tokenizer"
+        raise UserError("The prompt is no list of token ids", got=got, why=str(error), do=do) from None
     if not prompt:
         raise UserError("The prompt is empty", why="this model has no begin token to start from", do="give some text")
     unknown = [token for token in prompt if not 0 <= token < config.vocab_size]

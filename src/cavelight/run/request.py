@@ -3,7 +3,7 @@
 Letters: T positions that a step decided, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from threading import Lock
@@ -17,7 +17,7 @@ from cavelight.run.pace import Chances
 from cavelight.run.sample import Sampling
 from cavelight.run.scheduler import Job
 from cavelight.run.speculate import Chain
-from cavelight.run.stats import Stats
+from cavelight.run.stats import CANCELLED, Stats
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Request:
         likeliest = 0 if self.likeliest is None else self.likeliest
         rules = (
             limit_rule(self.max_new_tokens),
-            ("stop_ids", all(isinstance(token, int) for token in stop_ids), "token ids"),
+            ("stop_ids", isinstance(stop_ids, Collection) and all(isinstance(id, int) for id in stop_ids), "token ids"),
             ("samples", isinstance(self.samples, int) and self.samples > 0, "1 or more"),
             ("drafts", self.drafts == "auto" or isinstance(self.drafts, int), "auto or a number"),
             ("priority", isinstance(self.priority, int), "a whole number"),
@@ -113,7 +113,7 @@ class Generation(Iterator[int]):
         self._given += 1
         return self.tokens[self._given - 1]
 
-    def cancel(self, why: str = "cancelled") -> None:
+    def cancel(self, why: str = CANCELLED) -> None:
         """End it, whatever it is at; its pages are free at the engine's next step."""
         self._cancel(self, why)
 

@@ -7,6 +7,7 @@ from statistics import fmean, median
 from typing import Any
 
 WINDOW = 16  # rounds over which it is judged whether drafts pay
+CANCELLED = "cancelled"  # as an end
 RECENT = 3  # plain steps that stand for plain decoding, the latest ones: steps get slower as the context grows
 
 
@@ -86,6 +87,7 @@ class Stats:
     def report(self) -> str:
         """Two lines for people, and a third one where native layers are missing."""
         ended = f"; ended by the {self.finish}" if self.finish else ""
+        ended = "; cancelled" if self.finish == CANCELLED else ended
         first = (
             f"{self.new_tokens} tokens, {self.tokens_per_second:.1f} a second, "
             f"after a prompt of {self.prompt_tokens} in {self.prefill_seconds:.2f} s{ended}."

@@ -93,7 +93,8 @@ class TextStream(Iterator[str]):
             if piece:
                 yield piece
             if stops.hit is not None:
-                tokens.cancel(f"stop string {stops.hit!r}")
+                tokens.cancel()
+                self.stats.finish = f"stop string {stops.hit!r}"  # also if a step had made all tokens there are
                 return
         piece = stops.push(decoder.flush()) + stops.flush()
         if piece:
