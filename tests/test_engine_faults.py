@@ -223,6 +223,17 @@ def test_drafts_without_measure_are_as_many_as_fit() -> None:
     assert [generation.tokens for generation in made] == [alone(engine.model, each.request) for each in made]
 
 
+def test_those_who_wait_take_no_drafts_away() -> None:
+    engine = engine_of(model_of(1), budget=8, most=1)
+    (mine,) = engine.submit(Request([1, 2], 20, drafts=4))
+    waiting = [engine.submit(Request([token], 1))[0] for token in range(20)]
+    most = 0
+    while not mine.stats.finish:
+        engine.step()
+        most = max(most, len(mine.guesses))
+    assert most == 4 and not any(generation.tokens for generation in waiting)
+
+
 def test_a_full_queue_refuses() -> None:
     engine = engine_of(model_of(0), queue=2)
     engine.submit(Request([1]))

@@ -319,6 +319,8 @@ def test_nothing_is_held_back_that_cannot_become_a_stop_string() -> None:
     assert stops.flush() == "E"
     with pytest.raises(UserError, match="empty"):
         StopStrings(["x", ""])
+    with pytest.raises(UserError, match="in a list"):
+        StopStrings("END")
 
 
 def written(model: Transformer, prompt: str | Sequence[int], **options: object) -> tuple[list[str], TextStream]:

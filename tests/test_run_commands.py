@@ -15,7 +15,9 @@ from typer.testing import CliRunner, Result
 from cavelight.cli import generation
 from cavelight.cli.main import app
 from cavelight.data.tokenizer import train_tokenizer
+from cavelight.errors import UserError
 from cavelight.run.quick import BUILD
+from cavelight.run.stats import Stats
 from cavelight.weights.snapshot import write_checkpoint
 
 from .run_models import drafting_model, small_config
@@ -134,22 +136,35 @@ def test_an_output_that_knows_no_other_letters(checkpoint: Path) -> None:
 class Slow:
     """A stream of text that is broken off after a piece."""
 
+    def __init__(self, error: BaseException) -> None:
+        self.error, self.given, self.stats = error, 0, Stats(prompt_tokens=1)
+
     def __iter__(self) -> "Slow":
-        self.given = 0
         return self
 
     def __next__(self) -> str:
         self.given += 1
         if self.given > 1:
-            raise KeyboardInterrupt
+            raise self.error
         return "a piece"
 
 
 def test_ctrl_c_keeps_what_was_shown(capsys: pytest.CaptureFixture[str]) -> None:
     shown: list[str] = []
     with pytest.raises(KeyboardInterrupt):
-        generation.show(Slow(), shown)  # type: ignore[arg-type]
+        generation.show(Slow(KeyboardInterrupt()), shown)  # type: ignore[arg-type]
     assert shown == ["a piece"] and capsys.readouterr().out == "a piece\n"
+
+
+def test_ctrl_c_and_errors_keep_what_json_had(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = ["generate", checkpoint, "-p", "text", "--json"]
+    for error, code, lines in ((KeyboardInterrupt(), 130, 1), (UserError("The model produced NaN"), 2, 2)):
+        slow = Slow(error)
+        monkeypatch.setattr(generation.Options, "stream", lambda *_, slow=slow: slow)
+        shown = call(*asked)
+        said = [json.loads(line) for line in shown.stdout.splitlines()]
+        assert (shown.exit_code, len(said), said[0]["text"]) == (code, lines, "a piece")
+        assert lines == 1 or said[1]["error"] == "The model produced NaN."
 
 
 def stopped(arguments: Sequence[str], until: str) -> "subprocess.CompletedProcess[str]":

@@ -89,8 +89,12 @@ def generate(path: Path, prompt: str | None, options: Options, dtype: str, witho
     model, tokenizer = load(path, dtype, without_mtp)
     stream = options.stream(model, tokenizer, prompt)
     if as_json:
-        text = "".join(stream)
-        say_json({"prompt": prompt, "text": text, "stats": stream.stats.as_dict()})
+        pieces: list[str] = []
+        try:
+            pieces.extend(stream)
+        finally:  # Ctrl-C and an error leave what was made before them
+            if pieces or stream.stats.finish:
+                say_json({"prompt": prompt, "text": "".join(pieces), "stats": stream.stats.as_dict()})
         return
     if OUT.is_terminal:
         OUT.print(Text(prompt, style="dim"), end="", soft_wrap=True)

@@ -312,7 +312,7 @@ class Engine:
         if self.drafter is None:
             return 0
         drafting = [generation for generation in going if generation.stats.drafts]
-        company = sum(job.left == 1 for job in self._jobs)
+        company = sum(job.left == 1 for job in self.scheduler.running)
         wishes = [self._wish(generation, company) for generation in drafting]
         if not wishes:
             return 0

@@ -46,6 +46,8 @@ class StopStrings:
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
+        if isinstance(stops, str):  # a sequence of stop strings, too, but not the one that is meant
+            raise UserError("Stop strings come in a list", got=repr(stops), do=f"write [{stops!r}]")
         if "" in stops:
             raise UserError("A stop string is empty", why="it would stop before the first character")
         self.stops = stops
