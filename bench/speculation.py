@@ -28,6 +28,7 @@ from cavelight.run.quick import without_native
 from cavelight.run.request import Request
 from cavelight.run.sample import Sampling
 from cavelight.run.speculate import cost_of_round
+from cavelight.run.stats import added
 from cavelight.spec.events import Event, Phase
 from cavelight.train.prepare import held_out, read_corpora
 from cavelight.train.state import RunFolder
@@ -50,10 +51,8 @@ class Tally:
         self.tokens += stats.new_tokens - 1
         self.same += same
         self.settled += stats.settled
-        for mine, new in ((self.proposed, stats.proposed), (self.accepted, stats.accepted)):
-            mine.extend([0] * (len(new) - len(mine)))
-            for place, count in enumerate(new):
-                mine[place] += count
+        self.proposed = added(self.proposed, stats.proposed)
+        self.accepted = added(self.accepted, stats.accepted)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

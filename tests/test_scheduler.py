@@ -232,3 +232,10 @@ def test_of_equal_priority_a_prompt_under_way_is_finished_first() -> None:
     late = ask(scheduler, 3)
     step = scheduler.plan()
     assert [(part.job, part.known) for part in step.parts] == [(long, 8)] and late in scheduler.waiting
+
+
+def test_drafts_wait_until_all_that_is_known_is_computed() -> None:
+    scheduler = Scheduler(Pages(100, 4), budget=8, most=4)
+    job = ask(scheduler, 12)
+    job.drafts = 2
+    assert [(part.known, part.drafts) for part in scheduler.plan().parts] == [(8, 0)]

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import takewhile
+from itertools import takewhile, zip_longest
 from statistics import fmean, median
 from typing import Any
 
@@ -46,12 +46,8 @@ class Stats:
         self.round_tokens.append(len(new))
         same = (draft == token for draft, token in zip(drafts, new, strict=False))
         kept = sum(takewhile(bool, same))
-        for j in range(len(drafts)):
-            if j == len(self.proposed):
-                self.proposed.append(0)
-                self.accepted.append(0)
-            self.proposed[j] += 1
-            self.accepted[j] += j < kept
+        self.proposed = added(self.proposed, [1] * len(drafts))
+        self.accepted = added(self.accepted, [int(j < kept) for j in range(len(drafts))])
         return kept
 
     @property
@@ -127,6 +123,11 @@ class Stats:
             "without_native": self.without_native,
             "finish": self.finish,
         }
+
+
+def added(some: Sequence[int], more: Sequence[int]) -> list[int]:
+    """Counts by depth of two generations together."""
+    return [a + b for a, b in zip_longest(some, more, fillvalue=0)]
 
 
 def _ordinal(n: int) -> str:
