@@ -55,9 +55,10 @@ def command(*arguments: str | Path) -> list[str]:
         (["--stop", ""], "A stop string is empty."),
         (["--drafts", "-1"], "--drafts is a number or auto. Got: -1."),
         (["--drafts", "²"], "--drafts is a number or auto. Got: ²."),
+        (["--drafts", "9" * 5000], "--drafts is a number or auto. Got: 999"),
         ([], "There is no folder no-such-folder."),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:50],
 )
 def test_options_are_looked_at_before_a_checkpoint_is_read(options: list[str], says: str) -> None:
     for where in (BEFORE, ["chat", "no-such-folder"]):
@@ -123,6 +124,15 @@ def test_generating_into_a_full_disk_or_nowhere(checkpoint: Path) -> None:
     without_prompt = ["sh", "-c", 'exec "$@" <&-', "sh", *command("generate", checkpoint)]
     told = subprocess.run(without_prompt, stderr=subprocess.PIPE, text=True)
     assert told.returncode == 2 and told.stderr.startswith("There is no prompt.")
+
+
+def test_a_reader_that_leaves_is_no_error(checkpoint: Path) -> None:
+    asked = command("generate", checkpoint, "-p", "text", "--max-new-tokens", "120")
+    with subprocess.Popen(asked, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.read(1)
+        process.stdout.close()
+        assert b"Traceback" not in process.stderr.read()
 
 
 def test_an_output_that_knows_no_other_letters(checkpoint: Path) -> None:

@@ -239,3 +239,13 @@ def test_drafts_wait_until_all_that_is_known_is_computed() -> None:
     job = ask(scheduler, 12)
     job.drafts = 2
     assert [(part.known, part.drafts) for part in scheduler.plan().parts] == [(8, 0)]
+
+
+def test_a_prompt_begins_only_where_there_is_room_for_its_drafts_too() -> None:
+    """Else it would begin and give way at once, step after step."""
+    scheduler = Scheduler(Pages(5, 4), budget=32, most=4)
+    ask(scheduler, 7, new=1)
+    advance(scheduler, scheduler.plan())
+    late = ask(scheduler, 12, new=8, ahead=4)
+    step = scheduler.plan()
+    assert step.begun == step.preempted == [] and late in scheduler.waiting

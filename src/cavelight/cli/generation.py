@@ -55,9 +55,13 @@ def drafts_of(text: str) -> Drafts:
     """`auto`, or a number."""
     if text == "auto":
         return "auto"
-    if not text.isdecimal():
-        raise UserError("--drafts is a number or auto", got=text, do="write for example --drafts 2")
-    return int(text)
+    try:
+        number = int(text)
+    except ValueError:  # also for thousands of digits
+        number = -1
+    if number < 0:
+        raise UserError("--drafts is a number or auto", got=text[:100], do="write for example --drafts 2")
+    return number
 
 
 def load(path: Path, dtype: str, without_mtp: bool = False) -> "tuple[Transformer, Tokenizer]":
