@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from cavelight.cli.screen import INTERRUPTED
 from cavelight.errors import UserError
 from cavelight.train.provenance import commit, machine, processor
 
@@ -13,9 +14,12 @@ ROOT = Path(__file__).parent.parent
 
 
 def leave_with(main: Callable[[], int]) -> None:
-    """Run a script's `main` and leave with its exit code; with 2 after a mistake of the user's."""
+    """Run a script's `main` and leave with its exit code; with 2 after a mistake of the user's, 130 after Ctrl-C."""
     try:
         sys.exit(main())
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nStopped by Ctrl-C.", file=sys.stderr)
+        sys.exit(INTERRUPTED)
