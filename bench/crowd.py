@@ -25,7 +25,7 @@ import torch
 from tests.crowds import alone, some_prefixes, some_request
 from tests.run_models import drafting_model, small_config
 
-from bench.provenance import commit, leave_with, machine
+from bench.provenance import commit, leave_with, machine, some
 from cavelight.cli.progress import screen
 from cavelight.disk import file_beside
 from cavelight.errors import UserError
@@ -56,10 +56,10 @@ class Tally:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="A crowd of random requests against the plain twin.")
-    parser.add_argument("--requests", type=int, default=10_000, help="how many (10000)")
+    parser.add_argument("--requests", type=some, default=10_000, help="how many (10000)")
     parser.add_argument("--minutes", type=float, default=0.0, help="go on for so long instead")
-    parser.add_argument("--modules", type=int, default=2, help="MTP modules of the model (2)")
-    parser.add_argument("--threads", type=int, default=1, help="torch's threads (1)")
+    parser.add_argument("--modules", type=some, default=2, help="MTP modules of the model (2)")
+    parser.add_argument("--threads", type=some, default=1, help="torch's threads (1)")
     parser.add_argument("--out", type=Path, default=Path("docs/results"), help="where the page goes")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)

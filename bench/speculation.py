@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from bench.provenance import commit, leave_with, machine
+from bench.provenance import commit, leave_with, machine, some
 from cavelight.api import load
 from cavelight.cli.progress import screen
 from cavelight.disk import file_beside
@@ -58,12 +58,14 @@ class Tally:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Acceptance, speed and losslessness of a run's drafts.")
     parser.add_argument("run", type=Path, nargs="?", default=Path("runs/demo"), help="a run's folder (runs/demo)")
-    parser.add_argument("--prompts", type=int, default=200, help="how many prompts (200)")
-    parser.add_argument("--new", type=int, default=100, help="new tokens for each (100)")
-    parser.add_argument("--context", type=int, default=1 << 20, help="tokens of a prompt (all that rows have room for)")
-    parser.add_argument("--drafts", type=int, default=3, help="the most tokens to draft ahead (3)")
+    parser.add_argument("--prompts", type=some, default=200, help="how many prompts (200)")
+    parser.add_argument("--new", type=some, default=100, help="new tokens for each (100)")
+    parser.add_argument(
+        "--context", type=some, default=1 << 20, help="tokens of a prompt (all that rows have room for)"
+    )
+    parser.add_argument("--drafts", type=some, default=3, help="the most tokens to draft ahead (3)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights (float32)")
-    parser.add_argument("--threads", type=int, default=1, help="torch's threads (1)")
+    parser.add_argument("--threads", type=some, default=1, help="torch's threads (1)")
     parser.add_argument("--out", type=Path, default=Path("docs/results"), help="where the page goes")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)

@@ -1,6 +1,7 @@
 """`cavelight bench`: what is counted is what is read, and cases are what they say."""
 
 import json
+from argparse import ArgumentTypeError
 from pathlib import Path
 from unittest.mock import patch
 
@@ -282,3 +283,13 @@ def test_why_a_peer_failed_is_told() -> None:
 def test_shares_are_parts_of_the_probes() -> None:
     row = Row(Measured(Case("decoding", 0), (0.5, 0.5, 9.0), 1e9, 2e9), None, Probes(4e9, 8e9, 1e9))
     assert row.bandwidth_share == 0.5 and row.peak_share == 0.5 and row.ratio is None
+
+
+@pytest.mark.parametrize("text", ["0", "-5", "1.5", "many", "²", ""])
+def test_scripts_count_from_one(text: str) -> None:
+    """Or a page about nothing would take the place of one that says something."""
+    from bench.provenance import some
+
+    assert some("12") == 12
+    with pytest.raises(ArgumentTypeError, match="whole number"):
+        some(text)
