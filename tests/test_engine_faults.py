@@ -12,6 +12,7 @@ from torch import Tensor
 from cavelight.errors import UserError
 from cavelight.run import request as request_module
 from cavelight.run.engine import Engine
+from cavelight.run.generate import generate_tokens
 from cavelight.run.request import Generation, Request
 
 from .crowds import V, alone
@@ -88,6 +89,18 @@ def test_a_hook_that_calls_the_engine_is_told_so() -> None:
     with pytest.raises(UserError, match="A hook called the engine"):
         list(bad)
     assert list(good) == alone(engine.model, good.request)
+
+
+def test_a_hook_may_spoil_what_it_is_given() -> None:
+    def spoils(tokens: Sequence[int]) -> None:
+        assert isinstance(tokens, list)
+        tokens.clear()
+
+    engine = engine_of(model_of(1))
+    made = [*engine.submit(Request([4, 2, 1], 8, allowed=spoils, drafts=3, samples=2)), *engine.submit(Request([2], 8))]
+    engine.run()
+    for generation in made:
+        assert generation.tokens == generate_tokens(engine.model, generation.prompt, 8, mtp=False)
 
 
 def test_nan_in_a_module_ends_one_generation() -> None:

@@ -68,7 +68,7 @@ class Chooser:
         return new, False
 
     def _mask(self, tokens: Sequence[int], V: int) -> Tensor | None:
-        mask_V = self.allowed(tokens) if self.allowed else None
+        mask_V = self.allowed(list(tokens)) if self.allowed else None  # its own list, to do with as it likes
         fits = isinstance(mask_V, Tensor) and mask_V.dtype == torch.bool and mask_V.shape == (V,)
         if mask_V is not None and not fits:
             raise UserError(
