@@ -206,21 +206,21 @@ def test_cancelling_the_first_sample_leaves_the_others() -> None:
     assert made[0].tokens == [] and [generation.tokens for generation in made[1:]] == [expected] * 2
 
 
+@pytest.mark.parametrize("which", [0, 1])
 @pytest.mark.parametrize("moment", ["while it waits", "in its prompt"])
-def test_a_sample_that_has_ended_leaves_its_place(moment: str) -> None:
+def test_a_sample_that_has_ended_leaves_its_place(moment: str, which: int) -> None:
     engine = engine_of(model_of(1), budget=4, most=2)
     made = engine.submit(Request([*range(10)], 20, samples=2))
     if moment == "in its prompt":
         engine.step()
-    made[1].cancel()
+    ended, other = made[which], made[1 - which]
+    ended.cancel()
     (late,) = engine.submit(Request([1], 4))
     while not late.stats.finish:
         engine.step()
-    assert not made[0].stats.finish and made[1].tokens == []
+    assert not other.stats.finish and ended.tokens == []
     engine.run()
-    assert [generation.tokens for generation in (made[0], late)] == [
-        alone(engine.model, generation.request) for generation in (made[0], late)
-    ]
+    assert [each.tokens for each in (other, late)] == [alone(engine.model, each.request) for each in (other, late)]
 
 
 @pytest.mark.parametrize(
