@@ -74,7 +74,7 @@ def test_a_step_that_was_broken_off_is_the_last(error: type[BaseException], monk
         patch.setattr(engine.drafter, "propose", lambda wishes: (_ for _ in ()).throw(error))
         with pytest.raises(error):
             engine.run()
-    for again in (engine.run, lambda: list(mine)):
+    for again in (engine.run, lambda: list(mine), lambda: engine.submit(Request([1]))):
         with pytest.raises(UserError, match=rf"broken off in the middle of a step. Got: {error.__name__}"):
             again()
 

@@ -93,8 +93,10 @@ class Engine:
     def submit(self, request: Request) -> list[Generation]:
         """One generation for each of the request's samples. May be called from any thread.
 
-        Raises UserError for a prompt that cannot be used, for a request that could never fit, and if too many wait.
+        Raises UserError for a prompt that cannot be used, for a request that could never fit, if too many wait, and
+        after a step that was broken off.
         """
+        self._check_whole()
         prompt, limit = self._checked(request)
         drafts = self.pace.most if request.drafts == "auto" else min(request.drafts, limit, self.scheduler.budget)
         stop_ids = frozenset(end_tokens(self.config) if request.stop_ids is None else request.stop_ids)
@@ -121,11 +123,7 @@ class Engine:
         by an error of the model itself, or by Ctrl-C. The engine is of no more use then.
         """
         with self._lock, torch.inference_mode():
-            if self._broken is not None:
-                got, why = repr(self._broken), "what its sequences had come to is not known"
-                raise UserError(
-                    "The engine was broken off in the middle of a step", got=got, why=why, do="make a new one"
-                )
+            self._check_whole()
             if self._stepping:
                 raise UserError("A hook called the engine that called it", why="a step has to end before the next one")
             self._stepping = True
@@ -136,6 +134,11 @@ class Engine:
                 raise
             finally:
                 self._stepping = False
+
+    def _check_whole(self) -> None:
+        if self._broken is not None:
+            got, why = repr(self._broken), "what its sequences had come to is not known"
+            raise UserError("The engine was broken off in the middle of a step", got=got, why=why, do="make a new one")
 
     def _step(self) -> bool:
         while self._coming:
