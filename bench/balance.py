@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from bench.provenance import commit, leave_with, machine
+from bench.provenance import commit, leave_with, machine, some
 from cavelight.cli.progress import screen
 from cavelight.disk import file_beside
 from cavelight.errors import UserError
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train with balancing and without, and compare.")
     parser.add_argument("--recipe", default="demo", help="a recipe's name or file (default: demo)")
-    parser.add_argument("--steps", type=int, default=1000, help="optimizer steps of each run (default: 1000)")
+    parser.add_argument("--steps", type=some, default=1000, help="optimizer steps of each run (default: 1000)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change both recipes")
     parser.add_argument("--out", type=Path, default=Path("docs/results"), help="where table and figure go")
     parser.add_argument("--runs", type=Path, default=Path("runs/balance"), help="where the two runs go")

@@ -16,7 +16,6 @@ import resource
 import shlex
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
@@ -26,7 +25,7 @@ import torch
 from tests.crowds import alone, some_prefixes, some_request
 from tests.run_models import drafting_model, small_config
 
-from bench.provenance import commit, leave_with, machine
+from bench.provenance import commit, leave_with, machine, some
 from cavelight.cli.progress import screen
 from cavelight.disk import file_beside
 from cavelight.errors import UserError
@@ -34,6 +33,7 @@ from cavelight.model.transformer import Transformer
 from cavelight.run.engine import Engine, page_bytes
 from cavelight.run.quick import without_native
 from cavelight.run.request import Generation, Request
+from cavelight.run.stats import added
 from cavelight.spec.events import Event, Phase
 
 PAGE, PAGES, BUDGET, MOST = 4, 40, 32, 8
@@ -49,17 +49,17 @@ class Tally:
     cancelled: int = 0
     tokens: int = 0
     seconds: float = 0.0
-    proposed: Counter[int] = field(default_factory=Counter)
-    accepted: Counter[int] = field(default_factory=Counter)
+    proposed: list[int] = field(default_factory=list)
+    accepted: list[int] = field(default_factory=list)
     memory: list[int] = field(default_factory=list)  # bytes resident, after every thousand requests
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="A crowd of random requests against the plain twin.")
-    parser.add_argument("--requests", type=int, default=10_000, help="how many (10000)")
+    parser.add_argument("--requests", type=some, default=10_000, help="how many (10000)")
     parser.add_argument("--minutes", type=float, default=0.0, help="go on for so long instead")
-    parser.add_argument("--modules", type=int, default=2, help="MTP modules of the model (2)")
-    parser.add_argument("--threads", type=int, default=1, help="torch's threads (1)")
+    parser.add_argument("--modules", type=some, default=2, help="MTP modules of the model (2)")
+    parser.add_argument("--threads", type=some, default=1, help="torch's threads (1)")
     parser.add_argument("--out", type=Path, default=Path("docs/results"), help="where the page goes")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
@@ -116,10 +116,8 @@ def compare(model: Transformer, request: Request, made: list[Generation], tally:
         tally.cancelled += cut
         tally.wrong += generation.tokens != (expected[: len(generation.tokens)] if cut else expected)
         tally.tokens += len(generation.tokens)
-        kept = zip(generation.stats.proposed, generation.stats.accepted, strict=True)
-        for depth, (proposed, accepted) in enumerate(kept):
-            tally.proposed[depth] += proposed
-            tally.accepted[depth] += accepted
+        tally.proposed = added(tally.proposed, generation.stats.proposed)
+        tally.accepted = added(tally.accepted, generation.stats.accepted)
 
 
 def resident() -> int:
@@ -129,7 +127,7 @@ def resident() -> int:
 
 def report(engine: Engine, tally: Tally, called: Sequence[str]) -> str:
     totals = engine.totals
-    drafts = ", ".join(f"{tally.accepted[d]:,} of {tally.proposed[d]:,}" for d in sorted(tally.proposed))
+    drafts = ", ".join(f"{kept:,} of {made:,}" for kept, made in zip(tally.accepted, tally.proposed, strict=True))
     every = max(1, len(tally.memory) // 12)
     memory = ", ".join(f"{size / 1e6:.1f}" for size in tally.memory[::every])
     dtype = str(engine.cache.rows_MZW.dtype).removeprefix("torch.")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from bench.provenance import machine
+from bench.provenance import leave_with, machine
 from cavelight.model.transformer import Transformer
 from cavelight.spec.presets import preset
 from cavelight.train.optim import initialise
@@ -84,4 +84,4 @@ def memory_bytes() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    leave_with(main)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from bench.provenance import commit, leave_with, machine
+from bench.provenance import commit, leave_with, machine, some
 from cavelight.api import load
 from cavelight.cli.evaluation import held_out_tokens, report_needles
 from cavelight.cli.progress import screen
@@ -51,7 +51,7 @@ HEAD = """| tokens | found | worst depth | haystacks | time | cache bytes | plan
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Train, extend to 32K and 128K, look for needles.")
     parser.add_argument("--run", type=Path, default=Path("runs/needle"), help="where the run goes (runs/needle)")
-    parser.add_argument("--threads", type=int, default=2, help="torch's threads (2)")
+    parser.add_argument("--threads", type=some, default=2, help="torch's threads (2)")
     parser.add_argument("--out", type=Path, default=Path("docs/results"), help="where the page goes")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)

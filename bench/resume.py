@@ -26,7 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench.provenance import commit, leave_with, machine
+from bench.provenance import commit, leave_with, machine, some
 from cavelight.disk import file_beside
 from cavelight.errors import UserError
 from cavelight.spec.recipe import Recipe
@@ -103,8 +103,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Kill a training run many times, and compare it with one that lived.")
-    parser.add_argument("--kills", type=int, default=50, help="SIGKILLs (default: 50)")
-    parser.add_argument("--steps", type=int, default=400, help="optimizer steps of the run (default: 400)")
+    parser.add_argument("--kills", type=some, default=50, help="SIGKILLs (default: 50)")
+    parser.add_argument("--steps", type=some, default=400, help="optimizer steps of the run (default: 400)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills (default: 0)")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change the recipe of both runs"

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bench.provenance import commit, leave_with, machine
+from bench.provenance import commit, leave_with, machine, some
 from bench.training import RATE, batch, reference
 from cavelight.disk import file_beside
 from cavelight.model.transformer import Transformer
@@ -60,7 +60,7 @@ class Point:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Time a token against the number of experts and the rows' length.")
-    parser.add_argument("--turns", type=int, default=3, help="of each size (3)")
+    parser.add_argument("--turns", type=some, default=3, help="of each size (3)")
     parser.add_argument("--out", type=Path, default=Path("docs/results"), help="where page and figure go")
     options = parser.parse_args(arguments)
     by_experts = [Point.of(experts, LENGTHS[0]) for experts in EXPERTS]

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from bench.provenance import commit, leave_with, machine
+from bench.provenance import commit, leave_with, machine, some
 from cavelight.api import load
 from cavelight.cli.progress import screen
 from cavelight.disk import file_beside
@@ -28,6 +28,7 @@ from cavelight.run.quick import without_native
 from cavelight.run.request import Request
 from cavelight.run.sample import Sampling
 from cavelight.run.speculate import cost_of_round
+from cavelight.run.stats import added
 from cavelight.spec.events import Event, Phase
 from cavelight.train.prepare import held_out, read_corpora
 from cavelight.train.state import RunFolder
@@ -50,21 +51,21 @@ class Tally:
         self.tokens += stats.new_tokens - 1
         self.same += same
         self.settled += stats.settled
-        for mine, new in ((self.proposed, stats.proposed), (self.accepted, stats.accepted)):
-            mine.extend([0] * (len(new) - len(mine)))
-            for place, count in enumerate(new):
-                mine[place] += count
+        self.proposed = added(self.proposed, stats.proposed)
+        self.accepted = added(self.accepted, stats.accepted)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Acceptance, speed and losslessness of a run's drafts.")
     parser.add_argument("run", type=Path, nargs="?", default=Path("runs/demo"), help="a run's folder (runs/demo)")
-    parser.add_argument("--prompts", type=int, default=200, help="how many prompts (200)")
-    parser.add_argument("--new", type=int, default=100, help="new tokens for each (100)")
-    parser.add_argument("--context", type=int, default=1 << 20, help="tokens of a prompt (all that rows have room for)")
-    parser.add_argument("--drafts", type=int, default=3, help="the most tokens to draft ahead (3)")
+    parser.add_argument("--prompts", type=some, default=200, help="how many prompts (200)")
+    parser.add_argument("--new", type=some, default=100, help="new tokens for each (100)")
+    parser.add_argument(
+        "--context", type=some, default=1 << 20, help="tokens of a prompt (all that rows have room for)"
+    )
+    parser.add_argument("--drafts", type=some, default=3, help="the most tokens to draft ahead (3)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights (float32)")
-    parser.add_argument("--threads", type=int, default=1, help="torch's threads (1)")
+    parser.add_argument("--threads", type=some, default=1, help="torch's threads (1)")
     parser.add_argument("--out", type=Path, default=Path("docs/results"), help="where the page goes")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)

@@ -27,7 +27,7 @@ from pathlib import Path
 import tokenizers
 
 from bench.peak import peak_bytes
-from bench.provenance import commit, leave_with, processor
+from bench.provenance import commit, leave_with, processor, some
 from cavelight.data.corpus import read_corpus
 from cavelight.data.encode import Manner
 from cavelight.data.tokenising import tokenize
@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Tokenise much text, and watch memory and cores.")
     parser.add_argument("--gigabytes", type=float, default=2, help="of text (default: 2)")
-    parser.add_argument("--alone", type=int, default=64, help="megabytes that the library encodes alone (default: 64)")
+    parser.add_argument("--alone", type=some, default=64, help="megabytes that the library encodes alone (default: 64)")
     parser.add_argument("--folder", type=Path, default=Path("runs/tokenising"), help="needs twice the text's size")
     parser.add_argument("--out", type=Path, default=Path("docs/results/tokenising.md"), help="the page to write")
     return parser.parse_args(arguments)

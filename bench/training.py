@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from bench.peak import peak_bytes
-from bench.provenance import ROOT, commit, leave_with, machine
+from bench.provenance import ROOT, commit, leave_with, machine, some
 from cavelight.data.batches import IGNORE, Batch
 from cavelight.disk import file_beside
 from cavelight.model.transformer import Transformer
@@ -101,8 +101,8 @@ def reference() -> ModelConfig:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Tokens per second and memory of training, beside transformers.")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each of the two (3)")
-    parser.add_argument("--steps", type=int, default=3, help="steps that count in each turn (3)")
+    parser.add_argument("--rounds", type=some, default=3, help="turns of each of the two (3)")
+    parser.add_argument("--steps", type=some, default=3, help="steps that count in each turn (3)")
     parser.add_argument("--out", type=Path, default=Path("docs/results"), help="where the page goes")
     options = parser.parse_args(arguments)
     numbers = str(pick_dtype("auto")).removeprefix("torch.")

@@ -1,6 +1,7 @@
 """`cavelight bench`: what is counted is what is read, and cases are what they say."""
 
 import json
+from argparse import ArgumentTypeError
 from pathlib import Path
 from unittest.mock import patch
 
@@ -219,6 +220,13 @@ def test_a_checkpoint_needs_no_tokenizer(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "bench.json").exists()
 
 
+@pytest.mark.usefixtures("hasty", "plainly")
+def test_why_there_are_no_native_layers_is_said(tmp_path: Path) -> None:
+    shown = run("nano", "--prompts", "4", "--depths", "", "--batches", "", "--out", str(tmp_path))
+    assert "without native layers: a test is without" in " ".join(shown.output.split())
+    assert json.loads((tmp_path / "bench.json").read_text())["without_native"] == "a test is without"
+
+
 @pytest.mark.usefixtures("hasty")
 def test_what_is_left_out_is_said(tmp_path: Path) -> None:
     asked = ("nano", "--prompts", "1,9k", "--depths", "0,508,16k", "--batches", "10m", "--out", str(tmp_path))
@@ -275,3 +283,13 @@ def test_why_a_peer_failed_is_told() -> None:
 def test_shares_are_parts_of_the_probes() -> None:
     row = Row(Measured(Case("decoding", 0), (0.5, 0.5, 9.0), 1e9, 2e9), None, Probes(4e9, 8e9, 1e9))
     assert row.bandwidth_share == 0.5 and row.peak_share == 0.5 and row.ratio is None
+
+
+@pytest.mark.parametrize("text", ["0", "-5", "1.5", "many", "²", ""])
+def test_scripts_count_from_one(text: str) -> None:
+    """Or a page about nothing would take the place of one that says something."""
+    from bench.provenance import some
+
+    assert some("12") == 12
+    with pytest.raises(ArgumentTypeError, match="whole number"):
+        some(text)

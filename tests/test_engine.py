@@ -12,7 +12,7 @@ from torch import Tensor
 from cavelight.model.ports import GroupedDispatch
 from cavelight.run.cache import LatentCache
 from cavelight.run.engine import Engine
-from cavelight.run.generate import generate_tokens
+from cavelight.run.generate import TokenStream, generate_tokens
 from cavelight.run.paged import Span
 from cavelight.run.request import Generation, Request
 from cavelight.run.sample import Sampling, distribution
@@ -269,6 +269,26 @@ def test_a_stop_string_ends_its_own_generation() -> None:
     assert text == whole[: whole.index(word)] and mine.stats.finish == f"stop string {word!r}"
     engine.run()
     assert other.tokens == alone(engine.model, other.request) and engine.load.pages_held == 0
+
+
+@pytest.mark.parametrize("last", [4, 5, 7])
+def test_a_stop_string_ends_it_whatever_its_step_had_come_to(last: int) -> None:
+    """With drafts the limit may be behind it in the same step; then it is not what ended the text."""
+    model = model_of(1)
+    (mine,) = engine_of(model).submit(Request([1, 2], last, drafts=2))
+    expected = alone(model, mine.request)
+
+    class Decoder:
+        def push(self, token_id: int) -> str:
+            return f"<{token_id}>"
+
+        def flush(self) -> str:
+            return ""
+
+    for tokens in (mine, TokenStream(model, [1, 2], max_new_tokens=last, drafts=2)):
+        text = "".join(TextStream(tokens, Decoder(), [f"<{expected[3]}>"]))
+        assert text == "".join(f"<{token}>" for token in expected[: expected.index(expected[3])])
+        assert tokens.stats.finish == f"stop string '<{expected[3]}>'"
 
 
 def test_what_has_ended_holds_no_states() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from cavelight.errors import UserError
 from cavelight.run import request as request_module
 from cavelight.run.engine import Engine
+from cavelight.run.generate import generate_tokens
 from cavelight.run.request import Generation, Request
 
 from .crowds import V, alone
@@ -63,6 +64,21 @@ def test_an_error_at_the_end_of_a_prompt_leaves_the_samples_of_others() -> None:
     assert [generation.stats.finish for generation in bad] == ["error", "error"] and engine.load.pages_held == 0
 
 
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
+def test_a_step_that_was_broken_off_is_the_last(error: type[BaseException], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What would come after it could be wrong without a word."""
+    engine = engine_of(model_of(1))
+    (mine,) = engine.submit(Request([1, 2], 8))
+    engine.step()
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.drafter, "propose", lambda wishes: (_ for _ in ()).throw(error))
+        with pytest.raises(error):
+            engine.run()
+    for again in (engine.run, lambda: list(mine), lambda: engine.submit(Request([1]))):
+        with pytest.raises(UserError, match=rf"broken off in the middle of a step. Got: {error.__name__}"):
+            again()
+
+
 def test_a_hook_that_calls_the_engine_is_told_so() -> None:
     engine = engine_of(model_of(1))
 
@@ -73,6 +89,18 @@ def test_a_hook_that_calls_the_engine_is_told_so() -> None:
     with pytest.raises(UserError, match="A hook called the engine"):
         list(bad)
     assert list(good) == alone(engine.model, good.request)
+
+
+def test_a_hook_may_spoil_what_it_is_given() -> None:
+    def spoils(tokens: Sequence[int]) -> None:
+        assert isinstance(tokens, list)
+        tokens.clear()
+
+    engine = engine_of(model_of(1))
+    made = [*engine.submit(Request([4, 2, 1], 8, allowed=spoils, drafts=3, samples=2)), *engine.submit(Request([2], 8))]
+    engine.run()
+    for generation in made:
+        assert generation.tokens == generate_tokens(engine.model, generation.prompt, 8, mtp=False)
 
 
 def test_nan_in_a_module_ends_one_generation() -> None:
@@ -178,11 +206,31 @@ def test_cancelling_the_first_sample_leaves_the_others() -> None:
     assert made[0].tokens == [] and [generation.tokens for generation in made[1:]] == [expected] * 2
 
 
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("moment", ["while it waits", "in its prompt"])
+def test_a_sample_that_has_ended_leaves_its_place(moment: str, which: int) -> None:
+    engine = engine_of(model_of(1), budget=4, most=2)
+    made = engine.submit(Request([*range(10)], 20, samples=2))
+    if moment == "in its prompt":
+        engine.step()
+    ended, other = made[which], made[1 - which]
+    ended.cancel()
+    (late,) = engine.submit(Request([1], 4))
+    while not late.stats.finish:
+        engine.step()
+    assert not other.stats.finish and ended.tokens == []
+    engine.run()
+    assert [each.tokens for each in (other, late)] == [alone(engine.model, each.request) for each in (other, late)]
+
+
 @pytest.mark.parametrize(
     ("request_", "says"),
     [
         (Request([]), "prompt is empty"),
         (Request([10**6]), "unknown token ids"),
+        (Request("text"), "no list of token ids. Got: 'text'"),  # type: ignore[arg-type]
+        (Request([1, 2.5]), "no list of token ids"),  # type: ignore[list-item]
+        (Request(7), "no list of token ids. Got: 7"),  # type: ignore[arg-type]
         (Request([1] * (LIMIT + 1)), "longer than the context"),
         (Request([1] * 30, 30), "does not fit into the engine"),
         (Request([1], 5, samples=99), "too many samples"),
@@ -193,6 +241,27 @@ def test_what_cannot_be_done_is_refused_at_once(request_: Request, says: str) ->
     model = random_model(small_config(max_position_embeddings=LIMIT, bos_token_id=None))
     with pytest.raises(UserError, match=says):
         engine_of(model, pages=10).submit(request_)
+
+
+def test_drafts_without_measure_are_as_many_as_fit() -> None:
+    engine = engine_of(model_of(1), budget=8, most=4)
+    made = [*engine.submit(Request([1, 2], 20, drafts=10**30)), *engine.submit(Request([3], 20, drafts=0))]
+    most = 0
+    while engine.step():
+        most = max(most, *(len(generation.guesses) for generation in made))
+    assert most in (6, 7)  # beside the other's token, or alone
+    assert [generation.tokens for generation in made] == [alone(engine.model, each.request) for each in made]
+
+
+def test_those_who_wait_take_no_drafts_away() -> None:
+    engine = engine_of(model_of(1), budget=8, most=1)
+    (mine,) = engine.submit(Request([1, 2], 20, drafts=4))
+    waiting = [engine.submit(Request([token], 1))[0] for token in range(20)]
+    most = 0
+    while not mine.stats.finish:
+        engine.step()
+        most = max(most, len(mine.guesses))
+    assert most == 4 and not any(generation.tokens for generation in waiting)
 
 
 def test_a_full_queue_refuses() -> None:
@@ -207,12 +276,14 @@ def test_a_full_queue_refuses() -> None:
     "options",
     [
         {"max_new_tokens": 2.5},
+        {"max_new_tokens": -1},
         {"samples": 0},
         {"priority": None},
         {"client": 3},
         {"likeliest": -1},
         {"drafts": "many"},
         {"stop_ids": {"end"}},
+        {"stop_ids": 7},
         {"allowed": 3},
     ],
     ids=str,
@@ -227,6 +298,7 @@ def test_a_request_that_makes_no_sense_is_none(options: dict[str, Any]) -> None:
     [
         ({"memory": 100}, "memory is too small"),
         ({"memory": 1e6}, "memory = 1000000.0"),
+        ({"memory": 1 << 60}, "Memory is too small to hold the engine's cache"),
         ({"most": 0}, "most = 0"),
         ({"page": 0}, "page = 0"),
         ({"queue": 0}, "queue = 0"),

@@ -6,6 +6,7 @@ import json
 import math
 import random
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -115,6 +116,21 @@ def test_a_prompt_may_be_a_tensor_and_an_empty_one_is_the_begin_token() -> None:
     assert generate_tokens(MODEL, [], 5) == generate_tokens(MODEL, [CONFIG.bos_token_id], 5)
     with pytest.raises(UserError, match="empty"):
         generate_tokens(random_model(small_config(bos_token_id=None)), [])
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"max_new_tokens": -1}, "max_new_tokens = -1"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens = 2.5"),
+        ({"drafts": -1}, "Got: -1"),
+        ({"drafts": "many"}, "Got: 'many'"),
+    ],
+    ids=str,
+)
+def test_numbers_that_make_no_sense(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        TokenStream(MODEL, PROMPT, **options)
 
 
 @pytest.mark.parametrize("unknown", [48, -1])
@@ -235,6 +251,22 @@ def test_statistics_add_up() -> None:
     assert json.loads(json.dumps(stats.as_dict()))["rounds"] == len(stats.round_tokens)
 
 
+@pytest.mark.usefixtures("plainly")
+def test_what_native_layers_lack_is_said() -> None:
+    stream = TokenStream(MODEL, PROMPT, max_new_tokens=3)
+    list(stream)
+    assert stream.stats.as_dict()["without_native"] == "a test is without"
+    assert stream.stats.report().splitlines()[2] == "Without native layers: a test is without."
+
+
+def test_native_layers_need_no_word() -> None:
+    stream = TokenStream(MODEL, PROMPT, max_new_tokens=3)
+    list(stream)
+    assert stream.stats.as_dict()["without_native"] is None and len(stream.stats.report().splitlines()) == 2
+    double = TokenStream(random_model(small_config()).double(), PROMPT, max_new_tokens=3)
+    assert double.stats.without_native == "they do not compute all parts of a model like this one"
+
+
 def test_the_report_is_two_lines() -> None:
     stats = Stats(prompt_tokens=7, new_tokens=9, prefill_seconds=0.5, decode_seconds=2.0, finish="end token")
     assert stats.report().splitlines() == [
@@ -248,6 +280,17 @@ def test_the_report_is_two_lines() -> None:
     assert stats.report().splitlines()[1] == (
         "Drafts accepted: 1st 75%, 2nd 25%; 2.00 tokens a round, 1.20 times as fast as plain decoding."
     )
+
+
+def test_what_was_cancelled_was_ended_by_nothing() -> None:
+    stream = TokenStream(MODEL, PROMPT, max_new_tokens=3)
+    next(stream)
+    stream.cancel()
+    assert list(stream) == [] and stream.stats.report().splitlines()[0].endswith(" s; cancelled.")
+    ended = TokenStream(MODEL, PROMPT, max_new_tokens=3)
+    list(ended)
+    ended.cancel()
+    assert ended.stats.finish == "limit of new tokens"
 
 
 # Text
@@ -276,6 +319,8 @@ def test_nothing_is_held_back_that_cannot_become_a_stop_string() -> None:
     assert stops.flush() == "E"
     with pytest.raises(UserError, match="empty"):
         StopStrings(["x", ""])
+    with pytest.raises(UserError, match="in a list"):
+        StopStrings("END")
 
 
 def written(model: Transformer, prompt: str | Sequence[int], **options: object) -> tuple[list[str], TextStream]:

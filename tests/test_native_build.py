@@ -229,10 +229,12 @@ def test_a_cold_start_answers_and_switches_on_the_way(slow: threading.Event, dra
     stream = TokenStream(model, prompt, max_new_tokens=60, drafts=drafts)
     before = [next(stream) for _ in range(20)]
     assert build_of.loaded is None and build_of.thread is not None and build_of.why_not() is None
+    assert stream.stats.without_native == "they are still being built, for the next run"
     slow.set()
     build_of.get(wait=True)
     assert build_of.loaded is not None
     tokens = before + list(stream)
+    assert stream.stats.without_native is None
     assert tokens == list(TokenStream(model, prompt, max_new_tokens=60, drafts=drafts))
     build_of.loaded, build_of.reason = None, "a test is without"
     assert tokens == list(TokenStream(model, prompt, max_new_tokens=60, drafts=drafts))

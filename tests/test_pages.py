@@ -101,6 +101,7 @@ def grow(sequence: Sequence, source: random.Random, memory: Memory) -> None:
 
 def check(pages: Pages, live: list[Sequence]) -> None:
     assert {page: key for key, page in pages._known.items()} == pages._keys and len(pages._known) == len(pages._keys)
+    assert all(before < 0 or before in pages._keys for before, _ in pages._known), "what a page follows went before it"
     holders = Counter(page for sequence in live for page in sequence.table.pages)
     assert pages.holders == [holders[page] for page in range(pages.count)]
     assert pages.held == len(holders)
@@ -118,6 +119,22 @@ def test_a_prompt_finds_what_an_earlier_one_left() -> None:
     second = Table(pages)
     assert second.open([*range(8), 99]) == 8
     assert pages.held == 2
+
+
+def test_what_follows_a_page_is_given_away_before_it() -> None:
+    """Or it would be found behind whatever that page holds next."""
+    pages = Pages(2, 2)
+
+    def leave(tokens: list[int]) -> None:
+        table = Table(pages)
+        table.open(tokens)
+        table.reserve(len(tokens) // 2 * 2)
+        table.fill(tokens)
+        table.close()
+
+    leave([1, 2, 3, 4, 5])
+    leave([9, 9, 7])
+    assert Table(pages).open([9, 9, 3, 4, 5]) == 2
 
 
 def test_all_of_a_prompt_is_never_found() -> None:

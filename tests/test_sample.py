@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -193,6 +194,12 @@ def test_all_mistakes_are_named_at_once() -> None:
     for wrong in (math.nan, math.inf):
         with pytest.raises(UserError, match="temperature"):
             Sampling(temperature=wrong)
+    text: Any = "a lot"
+    with pytest.raises(UserError) as error:
+        Sampling(text, text, text, text, text, text)
+    assert error.value.got.count(" = 'a lot'") == 6
+    with pytest.raises(UserError, match=r"top_k = 2.5, seed = 1.5"):
+        Sampling(1, 2.5, 1, 0, 2, 1.5)  # type: ignore[arg-type]  # whole numbers will do where numbers do
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

@@ -214,3 +214,38 @@ def test_drafts_of_others_hold_no_prompt_up() -> None:
     late = ask(scheduler, 6)
     step = scheduler.plan()
     assert {part.job: (part.known, part.drafts) for part in step.parts} == {drafting: (1, 1), late: (6, 0)}
+
+
+def test_drafts_count_as_what_a_client_was_served() -> None:
+    scheduler = Scheduler(Pages(100, 4), budget=12, most=2)
+    job = ask(scheduler, 3, new=9, client="drafting")
+    advance(scheduler, scheduler.plan())
+    job.drafts = 2
+    advance(scheduler, scheduler.plan())
+    assert scheduler.served == {"drafting": 3 + 1 + 2}
+
+
+def test_of_equal_priority_a_prompt_under_way_is_finished_first() -> None:
+    scheduler = Scheduler(Pages(100, 4), budget=8, most=4)
+    long = ask(scheduler, 20)
+    advance(scheduler, scheduler.plan())
+    late = ask(scheduler, 3)
+    step = scheduler.plan()
+    assert [(part.job, part.known) for part in step.parts] == [(long, 8)] and late in scheduler.waiting
+
+
+def test_drafts_wait_until_all_that_is_known_is_computed() -> None:
+    scheduler = Scheduler(Pages(100, 4), budget=8, most=4)
+    job = ask(scheduler, 12)
+    job.drafts = 2
+    assert [(part.known, part.drafts) for part in scheduler.plan().parts] == [(8, 0)]
+
+
+def test_a_prompt_begins_only_where_there_is_room_for_its_drafts_too() -> None:
+    """Else it would begin and give way at once, step after step."""
+    scheduler = Scheduler(Pages(5, 4), budget=32, most=4)
+    ask(scheduler, 7, new=1)
+    advance(scheduler, scheduler.plan())
+    late = ask(scheduler, 12, new=8, ahead=4)
+    step = scheduler.plan()
+    assert step.begun == step.preempted == [] and late in scheduler.waiting

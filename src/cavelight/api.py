@@ -90,8 +90,9 @@ def generate(
 ) -> TextStream:
     """The text that follows `prompt`, piece by piece while it is made; `.stats` of what it returns tells how it went.
 
-    mtp: let the model's prediction modules draft. Text is the same without, in float32: greedy text always,
-    sampled text but for a rare near-tie. For the rest see run.sample.Sampling and run.generate.TokenStream.
+    mtp: let the model's prediction modules draft. Text is the same without: where layers are computed natively in any
+    type; else in float32, greedy text always and sampled text but for a rare near-tie. stop: texts that end it. For the
+    rest see run.sample.Sampling and run.generate.TokenStream.
     """
     return generate_text(
         model,

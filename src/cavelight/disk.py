@@ -61,7 +61,7 @@ def folder_beside(path: Path) -> Iterator[Path]:
 def cache_folder() -> Path:
     """Where tokenizers, token stores and built kernels are kept: $CAVELIGHT_CACHE, or the user's cache folder."""
     chosen = os.environ.get("CAVELIGHT_CACHE")
-    return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "cavelight"
+    return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cavelight"
 
 
 def checkpoint_folder(path: str | Path) -> Path:

@@ -40,6 +40,8 @@ def bench(
 ) -> None:
     """`source`: a run, a checkpoint, or the name of a preset, which is measured with random weights."""
     from cavelight.bench.sweep import cases, sweep
+    from cavelight.model.ports import GroupedDispatch
+    from cavelight.run.quick import quick, why_plain
     from cavelight.run.rows import cache_dtype, named
 
     if against not in (None, "transformers"):
@@ -59,7 +61,8 @@ def bench(
         for each in left_out:
             listen(Note(f"Left out: {each.case.name}, since {each.why}."))
         rows = sweep(model, chosen, peer, listen, cache=kept_in)
-    report(source, model.lm_head.weight.dtype, kept_in, rows, left_out, against, folder, as_json)
+    without_native = why_plain(quick(model), GroupedDispatch())
+    report(source, model.lm_head.weight.dtype, kept_in, rows, left_out, without_native, against, folder, as_json)
 
 
 def report(
@@ -68,30 +71,30 @@ def report(
     kept_in: "torch.dtype",
     rows: "Sequence[Row]",
     left_out: "Sequence[LeftOut]",
+    without_native: str | None,
     against: str | None,
     folder: Path,
     as_json: bool,
 ) -> None:
     """bench.json and bench.png in `folder`, and a table on the screen."""
     from cavelight.bench.picture import draw_bench
-    from cavelight.run.quick import without_native
     from cavelight.train.provenance import machine
 
-    probes, why = rows[0].probes, without_native()
+    probes = rows[0].probes
     found = {
         "model": source,
         "machine": machine(dtype),
         "cache": str(kept_in).removeprefix("torch."),
         "probes": {"read": probes.read, "float32": probes.float32, "bfloat16": probes.bfloat16},
         "cases": [row.as_dict() for row in rows],
-        "without_native": why,
+        "without_native": without_native,
         "left_out": [{"name": each.case.name, "why": each.why} for each in left_out],
     }
     write_json(folder / "bench.json", found)
     facts = [machine(dtype), f"reads {probes.read / 1e9:.1f} GB/s", f"peak {probes.peak / 1e12:.2f} Tflop/s"]
     draw_bench(rows, folder / "bench.png", f"What a token of {Path(source).resolve().name} costs", facts)
     facts += [f"cache in {found['cache']}"] if kept_in != dtype else []
-    facts += [f"without native layers: {why}"] if why else []
+    facts += [f"without native layers: {without_native}"] if without_native else []
     if as_json:
         say_json({"kind": "result", **found, "figure": folder / "bench.png"})
         return

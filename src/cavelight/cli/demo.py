@@ -9,7 +9,7 @@ import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, zip_longest
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -167,7 +167,7 @@ def compare(model: "Transformer", prompts: Sequence[list[int]], as_json: bool) -
 
 def together(runs: "Sequence[Stats]") -> dict[str, Any]:
     """Several generations as one, in the form of Stats.as_dict."""
-    from cavelight.run.stats import Stats
+    from cavelight.run.stats import Stats, added
 
     whole = Stats(prompt_tokens=sum(run.prompt_tokens for run in runs), drafts=max(run.drafts for run in runs))
     for run in runs:
@@ -178,9 +178,10 @@ def together(runs: "Sequence[Stats]") -> dict[str, Any]:
         whole.round_seconds += run.round_seconds
         whole.round_tokens += run.round_tokens
         whole.settled += run.settled
-    whole.proposed = [sum(place) for place in zip_longest(*(run.proposed for run in runs), fillvalue=0)]
-    whole.accepted = [sum(place) for place in zip_longest(*(run.accepted for run in runs), fillvalue=0)]
+        whole.proposed = added(whole.proposed, run.proposed)
+        whole.accepted = added(whole.accepted, run.accepted)
     whole.off = runs[-1].off if all(run.off for run in runs) else None
+    whole.without_native = runs[-1].without_native
     decoded = sum(run.new_tokens - 1 for run in runs)  # the first token of each came with its prompt
     rate = decoded / whole.decode_seconds if whole.decode_seconds else 0.0
     return whole.as_dict() | {"tokens_per_second": rate}

@@ -39,6 +39,14 @@ class Options:
     drafts: Drafts
     cache: "CacheDtype"
 
+    def check(self) -> None:
+        """Raises UserError before anything is loaded."""
+        from cavelight.run.sample import Sampling
+        from cavelight.run.text import StopStrings
+
+        Sampling(self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty, self.seed)
+        StopStrings(self.stop)
+
     def stream(self, model: "Transformer", tokenizer: "Tokenizer", prompt: str | list[int]) -> "TextStream":
         from cavelight.api import generate
 
@@ -49,9 +57,13 @@ def drafts_of(text: str) -> Drafts:
     """`auto`, or a number."""
     if text == "auto":
         return "auto"
-    if not text.isdecimal():
-        raise UserError("--drafts is a number or auto", got=text, do="write for example --drafts 2")
-    return int(text)
+    try:
+        number = int(text)
+    except ValueError:  # also for thousands of digits
+        number = -1
+    if number < 0:
+        raise UserError("--drafts is a number or auto", got=text[:100], do="write for example --drafts 2")
+    return number
 
 
 def cache_of(text: str) -> "CacheDtype":
@@ -83,14 +95,19 @@ def dtype_of(text: str) -> "torch.dtype | None":
 def generate(path: Path, prompt: str | None, options: Options, dtype: str, without_mtp: bool, as_json: bool) -> None:
     """Stream what follows `prompt` (standard input where None) to stdout; what it took goes to stderr."""
     if prompt is None:
-        if sys.stdin.isatty():
+        if sys.stdin is None or sys.stdin.isatty():
             raise UserError("There is no prompt", do="give one with -p, or pipe it in")
         prompt = sys.stdin.read()
+    options.check()
     model, tokenizer = load(path, dtype, without_mtp)
     stream = options.stream(model, tokenizer, prompt)
     if as_json:
-        text = "".join(stream)
-        say_json({"prompt": prompt, "text": text, "stats": stream.stats.as_dict()})
+        pieces: list[str] = []
+        try:
+            pieces.extend(stream)
+        finally:  # Ctrl-C and an error leave what was made before them
+            if pieces or stream.stats.finish:
+                say_json({"prompt": prompt, "text": "".join(pieces), "stats": stream.stats.as_dict()})
         return
     if OUT.is_terminal:
         OUT.print(Text(prompt, style="dim"), end="", soft_wrap=True)
@@ -103,15 +120,14 @@ def show(stream: "TextStream", shown: list[str]) -> None:
     try:
         for piece in stream:
             shown.append(piece)
-            sys.stdout.write(piece)
-            sys.stdout.flush()
+            print(piece, end="", flush=True)
     finally:
-        sys.stdout.write("\n")
-        sys.stdout.flush()
+        print(flush=True)
 
 
 def chat(path: Path, system: str | None, options: Options, dtype: str, without_mtp: bool, as_json: bool) -> None:
     """A conversation in the checkpoint's own format: a line in, an answer out. /new begins anew, /exit leaves."""
+    options.check()
     model, tokenizer = load(path, dtype, without_mtp)
     opening: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
     messages = list(opening)
@@ -149,6 +165,8 @@ def chat(path: Path, system: str | None, options: Options, dtype: str, without_m
 
 def _next_line(as_json: bool) -> str | None:
     """What was typed, without spaces around it; None at the end of input."""
+    if sys.stdin is None:
+        return None
     try:
         return (input() if as_json or not sys.stdin.isatty() else OUT.input("[bold green]> ")).strip()
     except EOFError:

@@ -1,6 +1,7 @@
 """The commands and their options. Each imports what it needs when it runs, so that help and plan answer at once."""
 
 import sys
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated
 
@@ -36,7 +37,7 @@ CacheDtype = Annotated[
     str, typer.Option(help="What the latent cache is kept in: auto, as the weights are, or int8, in half of bfloat16.")
 ]
 
-MaxNewTokens = Annotated[int, typer.Option(metavar="N", help="Stop after so many new tokens.")]
+MaxNewTokens = Annotated[int, typer.Option(metavar="N", min=0, help="Stop after so many new tokens.")]
 Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token; higher is more varied.")]
 TopK = Annotated[int, typer.Option(metavar="K", help="Keep the K likeliest tokens; 0 keeps all.")]
 TopP = Annotated[float, typer.Option(help="Keep the fewest tokens that together are so likely; 1 keeps all.")]
@@ -420,4 +421,6 @@ def plan(
 
 def run() -> None:
     """The console script. It leaves with 2 after a mistake of the user's, 130 after Ctrl-C; tracebacks are our bugs."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal need not know every character
     sys.exit(app())

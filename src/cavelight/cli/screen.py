@@ -1,9 +1,12 @@
 """What the commands share on the screen: consoles, errors as one sentence, JSON lines, numbers as people read them."""
 
+import errno
 import json
 import math
+import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,22 +26,42 @@ _BARS = "▁▂▃▄▅▆▇█"
 @contextmanager
 def telling(as_json: bool, interrupted: str = "Stopped by Ctrl-C.") -> Iterator[None]:
     """Turn a UserError into one message and exit code 2, and Ctrl-C into `interrupted` and 130."""
+    with _clear_full_output():
+        try:
+            yield
+        except UserError as error:
+            if as_json:
+                say_json({"error": str(error)})
+            else:
+                ERR.print(Text(str(error), style="red"), soft_wrap=True)
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            ERR.print(f"\n{interrupted}", soft_wrap=True)
+            raise typer.Exit(INTERRUPTED) from None
+
+
+@contextmanager
+def _clear_full_output() -> Iterator[None]:
+    """Nor is it a bug of ours if stdout is a file on a full disk. (Files that we write tell that as UserErrors.)"""
     try:
         yield
-    except UserError as error:
-        if as_json:
-            say_json({"error": str(error)})
-        else:
-            ERR.print(Text(str(error), style="red"), soft_wrap=True)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        with suppress(OSError, ValueError, AttributeError):  # what it still holds would fail once more at the end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        ERR.print("The disk is full: what this command says has no room. Do: free some space.", style="red")
         raise typer.Exit(2) from None
-    except KeyboardInterrupt:
-        ERR.print(f"\n{interrupted}", soft_wrap=True)
-        raise typer.Exit(INTERRUPTED) from None
 
 
 def say_json(value: Any) -> None:
     """One line of strict JSON on stdout; paths become text, infinities and NaN null."""
-    print(json.dumps(_plain(value), ensure_ascii=False, allow_nan=False), flush=True)
+    line = json.dumps(_plain(value), ensure_ascii=False, allow_nan=False)
+    try:
+        line.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:  # another encoding, or a file name that is no text
+        line = json.dumps(_plain(value), allow_nan=False)
+    print(line, flush=True)
 
 
 def _plain(value: Any) -> Any:

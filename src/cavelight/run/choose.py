@@ -39,7 +39,7 @@ class Chooser:
         try:
             allowed_V = self._mask(tokens, len(logits_V))
             dead_end = allowed_V is not None and not allowed_V.any()
-        except Exception:  # the hook's; if the trunk comes here, it is asked again and heard
+        except Exception:  # the user's hook may raise anything; if the trunk comes here, it is asked again and heard
             return None
         return None if dead_end else self._token(logits_V, tokens, allowed_V)
 
@@ -59,7 +59,7 @@ class Chooser:
                 if doubt and doubt(row, scores(logits_V, line, self.sampling, allowed_V)):
                     return new, True
                 new.append(self._token(logits_V, line, allowed_V))
-            except Exception:
+            except Exception:  # the hook's again
                 if not new:
                     raise
                 break
@@ -68,7 +68,7 @@ class Chooser:
         return new, False
 
     def _mask(self, tokens: Sequence[int], V: int) -> Tensor | None:
-        mask_V = self.allowed(tokens) if self.allowed else None
+        mask_V = self.allowed(list(tokens)) if self.allowed else None  # its own list, to do with as it likes
         fits = isinstance(mask_V, Tensor) and mask_V.dtype == torch.bool and mask_V.shape == (V,)
         if mask_V is not None and not fits:
             raise UserError(

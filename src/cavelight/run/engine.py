@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from cavelight.errors import UserError
+from cavelight.memory import check_memory
 from cavelight.model.ports import Attend, Dispatch, GroupedDispatch
 from cavelight.model.transformer import Transformer
 from cavelight.run.generate import checked_drafts, checked_prompt, end_tokens
@@ -22,11 +23,12 @@ from cavelight.run.invariant import DispatchAlone, RowBlocks
 from cavelight.run.pace import Pace
 from cavelight.run.paged import PagedCache, Span
 from cavelight.run.pages import Pages, Table
-from cavelight.run.quick import quick, without_native
+from cavelight.run.quick import quick, why_plain, without_native
 from cavelight.run.request import Generation, Request
 from cavelight.run.rows import CacheDtype, cache_dtype, row_bytes
 from cavelight.run.scheduler import Job, Part, Scheduler, Totals
 from cavelight.run.speculate import Chain, Drafter, Wish
+from cavelight.run.stats import CANCELLED
 from cavelight.spec.config import ModelConfig
 
 PAGE = 32  # positions
@@ -52,7 +54,8 @@ class Engine:
     cache: "auto" to keep latents as the weights are, "int8" in half the memory of bfloat16 (see rows.py).
     invariant: a request gives the same tokens alone and in any company, to the bit, at the price that every row of a
     step is computed in a way that knows nothing of the others (run/invariant.py).
-    Raises UserError for a budget below `most`, and if not even one page fits into the memory.
+    Raises UserError for a budget below `most`, if not even one page fits into the memory, and if that is more than the
+    machine has.
     """
 
     def __init__(
@@ -78,6 +81,8 @@ class Engine:
         if invariant:
             without_native()  # half by one way and half by another would not be the same to the bit
         self.dispatch = DispatchAlone() if invariant else dispatch or GroupedDispatch()
+        if weight.device.type == "cpu":
+            check_memory(memory, "the engine's cache", "give it less")
         self.modules = config.num_nextn_predict_layers
         self.cache = PagedCache(config, memory // each, page, rows, weight.device)
         self.scheduler = Scheduler(Pages(memory // each, page, lookahead=(self.modules, 0)), budget, most)
@@ -87,14 +92,17 @@ class Engine:
         self._coming: deque[tuple[list[Generation], int]] = deque()
         self._leaving: deque[Generation] = deque()
         self._lock, self._stepping = RLock(), False
+        self._broken: BaseException | None = None  # by what a step was
 
     def submit(self, request: Request) -> list[Generation]:
         """One generation for each of the request's samples. May be called from any thread.
 
-        Raises UserError for a prompt that cannot be used, for a request that could never fit, and if too many wait.
+        Raises UserError for a prompt that cannot be used, for a request that could never fit, if too many wait, and
+        after a step that was broken off.
         """
+        self._check_whole()
         prompt, limit = self._checked(request)
-        drafts = self.pace.most if request.drafts == "auto" else request.drafts
+        drafts = self.pace.most if request.drafts == "auto" else min(request.drafts, limit, self.scheduler.budget)
         stop_ids = frozenset(end_tokens(self.config) if request.stop_ids is None else request.stop_ids)
         made = [
             Generation(request, prompt, stop_ids, number, drafts, self.step, self.cancel, self.clock())
@@ -102,12 +110,12 @@ class Engine:
         ]
         for generation in made:
             generation.stats.off = None if self.modules else "the model has no MTP module"
-            if request.max_new_tokens <= 0:
+            if request.max_new_tokens == 0:
                 generation.end("limit of new tokens")
         self._coming.append((made, limit))
         return made
 
-    def cancel(self, generation: Generation, why: str = "cancelled") -> None:
+    def cancel(self, generation: Generation, why: str = CANCELLED) -> None:
         """End a generation, whatever it is at. May be called from any thread."""
         if generation.end(why):
             self._leaving.append(generation)
@@ -115,17 +123,26 @@ class Engine:
     def step(self) -> bool:
         """Compute something for whoever is in turn; False if nobody wants anything.
 
-        Raises UserError if it is called out of a step, by a hook. An error of the model itself leaves the engine in
-        the middle of a step: it is of no more use then.
+        Raises UserError if it is called out of a step, by a hook, and after a step that was broken off in its middle:
+        by an error of the model itself, or by Ctrl-C. The engine is of no more use then.
         """
         with self._lock, torch.inference_mode():
+            self._check_whole()
             if self._stepping:
                 raise UserError("A hook called the engine that called it", why="a step has to end before the next one")
             self._stepping = True
             try:
                 return self._step()
+            except BaseException as error:  # Ctrl-C too
+                self._broken = error
+                raise
             finally:
                 self._stepping = False
+
+    def _check_whole(self) -> None:
+        if self._broken is not None:
+            got, why = repr(self._broken), "what its sequences had come to is not known"
+            raise UserError("The engine was broken off in the middle of a step", got=got, why=why, do="make a new one")
 
     def _step(self) -> bool:
         while self._coming:
@@ -204,6 +221,7 @@ class Engine:
         job, siblings = generation.job, generation.siblings
         if job is None:
             return
+        generation.stats.without_native = why_plain(self.model, self.dispatch)
         generation.job, generation.siblings = None, []
         siblings = [sibling for sibling in siblings if not sibling.stats.finish]
         if siblings:  # the prompt is not through: the next one takes its place
@@ -259,7 +277,7 @@ class Engine:
         if logits_TV is not None:
             try:
                 new, _ = generation.chooser.tokens(logits_TV, job.tokens, guesses)
-            except Exception as error:  # a hook's too: it ends this generation and no other
+            except Exception as error:  # the user's hook may raise anything: it ends this generation, no other
                 self._end(generation, "error", error)
                 return
         self.scheduler.advance(part, new)
@@ -282,7 +300,7 @@ class Engine:
         for sibling in siblings:
             try:
                 new = [] if sibling.stats.finish else sibling.chooser.tokens(logits_TV, tokens, [])[0]
-            except Exception as error:  # as above
+            except Exception as error:  # the hook's, as above
                 self._end(sibling, "error", error)
             if sibling.stats.finish:
                 job.samples -= 1
@@ -301,7 +319,7 @@ class Engine:
         if self.drafter is None:
             return 0
         drafting = [generation for generation in going if generation.stats.drafts]
-        company = sum(job.left == 1 for job in self._jobs)
+        company = sum(job.left == 1 for job in self.scheduler.running)
         wishes = [self._wish(generation, company) for generation in drafting]
         if not wishes:
             return 0
@@ -319,7 +337,7 @@ class Engine:
         drafts = 0
         # Siblings will begin with choices of their own; who has ended just leaves true rows to others.
         if job.left == 1 and not generation.siblings and not generation.stats.finish:
-            room = min(generation.room - 1, job.limit - len(job.tokens))
+            room = min(generation.room - 1, job.limit - len(job.tokens), self.scheduler.budget - company)
             auto = generation.request.drafts == "auto"
             many = (
                 self.pace.drafts(generation.chances, len(generation.tokens), company)

@@ -7,23 +7,24 @@ the trunk has not seen yet; a step runs it through the trunk with the drafts tha
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from collections.abc import Set as AbstractSet
+from operator import index
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from cavelight.errors import UserError
+from cavelight.errors import UserError, check_options
 from cavelight.model.ports import Dispatch, GroupedDispatch
 from cavelight.model.router import Routing
 from cavelight.model.transformer import Transformer
 from cavelight.run.cache import LatentCache
 from cavelight.run.choose import Allowed, Chooser
-from cavelight.run.quick import is_steady, quick
+from cavelight.run.quick import quick, why_plain
 from cavelight.run.rows import CacheDtype, cache_dtype
 from cavelight.run.sample import Sampling
 from cavelight.run.settle import Settler, is_close
 from cavelight.run.speculate import Chain, Drafter, Wish, cost_of_round
-from cavelight.run.stats import WINDOW, Stats
+from cavelight.run.stats import CANCELLED, WINDOW, Stats
 from cavelight.spec.config import ModelConfig
 
 Drafts = int | Literal["auto"]
@@ -31,9 +32,7 @@ GREEDY = Sampling()
 CHUNK = 512  # prompt tokens that go through at once
 TIMED_STEPS = (2, 4, 6)  # of a speculating run, the steps made plain to measure them; later one in PERIOD
 PERIOD = 64
-TRIED = (
-    3  # rounds, and as many plain steps, after which drafts may be given up for costing more than they ever can give
-)
+TRIED = 3  # rounds, and as many plain steps, after which drafts that can never give what they cost are given up
 ROOM = 256  # new tokens that the cache has room for from the start
 
 
@@ -41,8 +40,8 @@ class TokenStream(Iterator[int]):
     """New tokens, one by one; `stats` tells how it went. The end token, where one comes, is the last.
 
     drafts: how many tokens to guess ahead with the MTP modules; 0 for none; "auto" for as many as there are modules,
-    until it shows that they do not pay. Whatever it is, the output is the same token for token in float32: exactly if
-    greedy, up to a rare near-tie if sampled.
+    until it shows that they do not pay. Whatever it is, the output is the same token for token: natively in any type,
+    plainly in float32, exactly if greedy and up to a rare near-tie if sampled.
     cache: "auto" to keep latents as the weights are, "int8" in half the memory of bfloat16 (see rows.py).
     stop_ids: the configuration's end tokens unless given. allowed: which tokens may follow; see `choose.Allowed`.
     Raises UserError for a prompt that does not fit or is no list of token ids, and if the model produces NaN.
@@ -68,16 +67,18 @@ class TokenStream(Iterator[int]):
         self.stop_ids: AbstractSet[int] = frozenset(end_tokens(config) if stop_ids is None else stop_ids)
         self.chooser = Chooser(sampling, allowed, self.stop_ids)
         self.max_new_tokens = max_new_tokens
+        check_options("So many tokens cannot be made", self, [limit_rule(max_new_tokens)])
         self.limit = config.max_position_embeddings
         self.dispatch = dispatch or GroupedDispatch()
-        capacity = len(self.tokens) + min(max(max_new_tokens, 0), ROOM)
+        capacity = len(self.tokens) + min(max_new_tokens, ROOM)
         rows = cache_dtype(config, weight.dtype, cache)
         self.cache = LatentCache(config, capacity, rows, weight.device)
         # Either a row's bits are the same in any step, or what they decide is settled; if neither, the clock may not.
-        self.steady = is_steady(self.model, self.dispatch)
+        without_native = why_plain(self.model, self.dispatch)
+        self.steady = without_native is None
         self.exact = self.steady or (sampling.greedy and rows in (torch.float32, torch.float64))
         self.settler: Settler | None = None
-        self.stats = Stats(prompt_tokens=len(self.tokens))
+        self.stats = Stats(prompt_tokens=len(self.tokens), without_native=without_native)
         self.may_turn_off = drafts == "auto"
         self.chain = Chain()
         self.drafter = self._drafter(drafts)
@@ -89,9 +90,9 @@ class TokenStream(Iterator[int]):
     def __next__(self) -> int:
         return next(self._tokens)
 
-    def cancel(self, why: str = "cancelled") -> None:
+    def cancel(self, why: str = CANCELLED) -> None:
         """End it; no more tokens come."""
-        self.stats.finish = why
+        self.stats.finish = self.stats.finish or why
         self._tokens = iter(())
 
     def _drafter(self, drafts: Drafts) -> Drafter | None:
@@ -105,7 +106,7 @@ class TokenStream(Iterator[int]):
         return Drafter(self.model, lambda pieces: self.cache.at(pieces[0][1]), self.dispatch, depth)
 
     def _stream(self) -> Iterator[int]:
-        if self.max_new_tokens <= 0:
+        if self.max_new_tokens == 0:
             self.stats.finish = "limit of new tokens"
             return
         ready = self._prefill()
@@ -187,6 +188,8 @@ class TokenStream(Iterator[int]):
         if stats.finish is None and len(self.tokens) > self.limit:
             stats.finish = f"context's limit of {self.limit} tokens"
         stats.new_tokens += len(ready)
+        if stats.finish and not self.steady:  # the library may have come meanwhile
+            stats.without_native = why_plain(self.model, self.dispatch)
         return ready
 
     def _draft(self) -> None:
@@ -269,12 +272,17 @@ def end_tokens(config: ModelConfig) -> list[int]:
     return [] if eos is None else [eos] if isinstance(eos, int) else eos
 
 
+def limit_rule(max_new_tokens: int) -> tuple[str, bool, str]:
+    """For `check_options`."""
+    return "max_new_tokens", isinstance(max_new_tokens, int) and max_new_tokens >= 0, "a whole number from 0 on"
+
+
 def checked_drafts(config: ModelConfig, drafts: Drafts) -> None:
     """Raises UserError if the model cannot make so many drafts."""
     if drafts == "auto" or drafts == 0:
         return
-    if drafts < 0:
-        raise UserError("The number of drafts cannot be negative", got=str(drafts))
+    if not isinstance(drafts, int) or drafts < 0:
+        raise UserError("Drafts are auto or a number that is not negative", got=repr(drafts))
     if config.num_nextn_predict_layers == 0:
         raise UserError(
             "This model cannot draft", got=f"{drafts} drafts", why="it has no MTP module", do="leave drafts at auto"
@@ -283,7 +291,11 @@ def checked_drafts(config: ModelConfig, drafts: Drafts) -> None:
 
 def checked_prompt(config: ModelConfig, tokens: Sequence[int]) -> list[int]:
     """The prompt as a list; an empty one becomes the begin token. Raises UserError if it cannot be used."""
-    prompt = [int(token) for token in tokens] or begin(config)  # a tensor will do too
+    try:
+        prompt = [index(token) for token in tokens] or begin(config)  # a tensor will do too
+    except TypeError as error:
+        got, do = " ".join(repr(tokens).split())[:100], "encode text with the model's tokenizer"
+        raise UserError("The prompt is no list of token ids", got=got, why=str(error), do=do) from None
     if not prompt:
         raise UserError("The prompt is empty", why="this model has no begin token to start from", do="give some text")
     unknown = [token for token in prompt if not 0 <= token < config.vocab_size]

@@ -7,6 +7,7 @@ width, L = C + R, W numbers of a row as it is stored (see rows.py), Z slots: pla
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 
 import torch
@@ -71,7 +72,6 @@ class PagedAttend:
 
     def __init__(self, cache: PagedCache, spans: Sequence[Span], alone: bool) -> None:
         self.cache, self.spans, self.alone = cache, spans, alone
-        slots = [cache.slots(span) for span in spans]
         tokens = accumulate((span.count for span in spans), initial=0)
         pages = accumulate((len(span.pages) for span in spans), initial=0)
         self.places = Places(
@@ -79,8 +79,13 @@ class PagedAttend:
             [page for s in spans for page in s.pages],
             cache.size,
         )
-        self.write_T = torch.cat([slots_S[span.start :] for slots_S, span in zip(slots, spans, strict=True)])
-        self.read = [_whole(slots_S) for slots_S in slots]
+
+    @cached_property
+    def read_and_write(self) -> tuple[list[Tensor | slice], Tensor]:
+        """Where each sequence's rows lie, and those of all tokens [T]. Only asked for where torch computes."""
+        slots = [self.cache.slots(span) for span in self.spans]
+        write_T = torch.cat([slots_S[span.start :] for slots_S, span in zip(slots, self.spans, strict=True)])
+        return [_whole(slots_S) for slots_S in slots], write_T
 
     def rows(self, tokens: int) -> tuple[Tensor, Places]:
         """For who writes and reads them without us: all rows, and where in them the step's tokens have theirs."""
@@ -98,10 +103,11 @@ class PagedAttend:
         scale: float,
     ) -> Tensor:
         rows_ZW = self.cache.rows_MZW[layer]
+        reads, write_T = self.read_and_write
         (H, N, C), R, U = k_up_HNC.shape, q_rope_THR.shape[-1], v_up_HUC.shape[1]
-        rows_ZW[self.write_T] = pack(torch.cat([c_TC, k_rope_TR], dim=-1), C, rows_ZW.dtype)
+        rows_ZW[write_T] = pack(torch.cat([c_TC, k_rope_TR], dim=-1), C, rows_ZW.dtype)
         o_THU, first = q_nope_THN.new_empty(q_nope_THN.shape[0], H, U), 0
-        for span, read in zip(self.spans, self.read, strict=True):
+        for span, read in zip(self.spans, reads, strict=True):
             rows_SL, T = unpack(rows_ZW[read], C), span.count
             if self.alone:
                 form, step = attend.absorbed, 1

@@ -105,13 +105,6 @@ class Pages:
             number += 1
         return number
 
-    def forget(self) -> None:
-        """Know no page any more; those that nobody holds become blank."""
-        self._known.clear()
-        self._keys.clear()
-        self._blank.extend(self._idle)
-        self._idle.clear()
-
     def _key(self, tokens: Sequence[int], pages: Sequence[int], number: int, kind: int) -> _Key | None:
         """Of page `number`, which follows those before it in `pages`, if `tokens` reach far enough to tell."""
         ahead = self.lookahead[kind]

@@ -63,11 +63,16 @@ def quick(model: Transformer) -> Transformer:
     return made[0]
 
 
-def is_steady(model: Transformer, dispatch: Dispatch) -> bool:
-    """Whether a token's logits are the same to the bit in any step of up to FEW tokens, now and later."""
+def why_plain(model: Transformer, dispatch: Dispatch) -> str | None:
+    """Why a step of up to FEW tokens is not all native here and now; None if it is, whatever comes later.
+
+    A token's logits are then the same to the bit in any such step. `model`: what `quick` made.
+    """
     trunk, head = model.model, model.lm_head
     whole = isinstance(trunk, QuickTrunk) and trunk.chain is not None and isinstance(head, QuickLinear)
-    return whole and head.matrix is not None and _at_home(dispatch) and BUILD.get() is not None
+    if not (whole and head.matrix is not None and _at_home(dispatch)):
+        return "they do not compute all parts of a model like this one"
+    return without_native(wait=False)
 
 
 def _at_home(dispatch: Dispatch) -> bool:
@@ -109,10 +114,9 @@ def _state(model: Transformer) -> tuple[object, ...]:
     )
 
 
-def without_native() -> str | None:
-    """Wait until kernels.native is built; why it cannot be used, if it cannot."""
-    BUILD.get(wait=True)
-    return BUILD.why_not()
+def without_native(wait: bool = True) -> str | None:
+    """Why kernels.native cannot be used, None if it can: once it is built, or as it is without waiting for that."""
+    return None if BUILD.get(wait) else BUILD.why_not() or "they are still being built, for the next run"
 
 
 def _view(module: nn.Module) -> nn.Module:

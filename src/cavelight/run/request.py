@@ -3,21 +3,21 @@
 Letters: T positions that a step decided, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from threading import Lock
 
 from torch import Tensor
 
-from cavelight.errors import UserError
+from cavelight.errors import UserError, check_options
 from cavelight.run.choose import Allowed, Chooser
-from cavelight.run.generate import GREEDY, Drafts, cut
+from cavelight.run.generate import GREEDY, Drafts, cut, limit_rule
 from cavelight.run.pace import Chances
 from cavelight.run.sample import Sampling
 from cavelight.run.scheduler import Job
 from cavelight.run.speculate import Chain
-from cavelight.run.stats import Stats
+from cavelight.run.stats import CANCELLED, Stats
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ class Request:
         stop_ids = () if self.stop_ids is None else self.stop_ids
         likeliest = 0 if self.likeliest is None else self.likeliest
         rules = (
-            ("max_new_tokens", isinstance(self.max_new_tokens, int), "a whole number"),
-            ("stop_ids", all(isinstance(token, int) for token in stop_ids), "token ids"),
+            limit_rule(self.max_new_tokens),
+            ("stop_ids", isinstance(stop_ids, Collection) and all(isinstance(id, int) for id in stop_ids), "token ids"),
             ("samples", isinstance(self.samples, int) and self.samples > 0, "1 or more"),
             ("drafts", self.drafts == "auto" or isinstance(self.drafts, int), "auto or a number"),
             ("priority", isinstance(self.priority, int), "a whole number"),
@@ -54,13 +54,7 @@ class Request:
             ("likeliest", isinstance(likeliest, int) and likeliest >= 0, "0 or more, or None"),
             ("allowed", self.allowed is None or callable(self.allowed), "a function"),
         )
-        wrong = [(name, must) for name, fine, must in rules if not fine]
-        if wrong:
-            raise UserError(
-                "The request cannot be used",
-                got=", ".join(f"{name} = {getattr(self, name)!r}" for name, _ in wrong),
-                why="; ".join(f"{name} must be {must}" for name, must in wrong),
-            )
+        check_options("The request cannot be used", self, rules)
 
 
 @dataclass(frozen=True)
@@ -119,7 +113,7 @@ class Generation(Iterator[int]):
         self._given += 1
         return self.tokens[self._given - 1]
 
-    def cancel(self, why: str = "cancelled") -> None:
+    def cancel(self, why: str = CANCELLED) -> None:
         """End it, whatever it is at; its pages are free at the engine's next step."""
         self._cancel(self, why)
 
@@ -147,10 +141,10 @@ class Generation(Iterator[int]):
         self.chain, self.guesses = Chain(), []
 
     def guess(self, logits_V: Tensor, tokens: Sequence[int]) -> int | None:
-        """As its chooser does; an error (the modules' NaN) ends this generation and no other."""
+        """As its chooser does; the modules' NaN ends this generation and no other."""
         try:
             return self.chooser.guess(logits_V, tokens)
-        except Exception as error:
+        except UserError as error:
             self.failed = error
             return None
 

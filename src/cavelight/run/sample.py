@@ -6,12 +6,13 @@ Letters: V vocabulary. All of it happens on the CPU in float64, so that a seed m
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cavelight.errors import UserError
+from cavelight.errors import UserError, check_options
 
 
 @dataclass(frozen=True)
@@ -33,24 +34,30 @@ class Sampling:
 
     def __post_init__(self) -> None:
         rules = (
-            ("temperature", 0 <= self.temperature < math.inf, "0 or more"),
-            ("top_k", self.top_k >= 0, "0 (off) or more"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1 (off)"),
-            ("min_p", 0 <= self.min_p <= 1, "from 0 (off) to 1"),
-            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0; 1 is off"),
-            ("seed", self.seed is None or 0 <= self.seed < 2**63, "from 0 to 2^63 - 1"),
+            ("temperature", _is_number(self.temperature) and 0 <= self.temperature < math.inf, "0 or more"),
+            ("top_k", _is_whole(self.top_k) and self.top_k >= 0, "0 (off) or more"),
+            ("top_p", _is_number(self.top_p) and 0 < self.top_p <= 1, "above 0 and at most 1 (off)"),
+            ("min_p", _is_number(self.min_p) and 0 <= self.min_p <= 1, "from 0 (off) to 1"),
+            (
+                "repetition_penalty",
+                _is_number(self.repetition_penalty) and 0 < self.repetition_penalty < math.inf,
+                "above 0; 1 is off",
+            ),
+            ("seed", self.seed is None or (_is_whole(self.seed) and 0 <= self.seed < 2**63), "from 0 to 2^63 - 1"),
         )
-        wrong = [(name, must) for name, fine, must in rules if not fine]
-        if wrong:
-            raise UserError(
-                "The sampling options cannot be used",
-                got=", ".join(f"{name} = {getattr(self, name)}" for name, _ in wrong),
-                why="; ".join(f"{name} must be {must}" for name, must in wrong),
-            )
+        check_options("The sampling options cannot be used", self, rules)
 
     @property
     def greedy(self) -> bool:
         return self.temperature == 0
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real)
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, Integral)
 
 
 def scores(logits_V: Tensor, history: Sequence[int], sampling: Sampling, allowed_V: Tensor | None = None) -> Tensor:

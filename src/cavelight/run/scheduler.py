@@ -157,18 +157,16 @@ class Scheduler:
 
     def _place_prompts(self, step: Step) -> None:
         """Those under way and waiting ones by priority. Where the first that waits cannot begin, all others wait."""
-        waits = False
         while (left := self.budget - step.tokens) > 0:
             placed = {part.job for part in step.parts}
             under_way = min((job for job in self.running if job not in placed), key=_rank, default=None)
-            waiting = None if waits else min(self.waiting, key=self._turn, default=None)
+            waiting = min(self.waiting, key=self._turn, default=None)
             job = _first(under_way, waiting)
             if job is None:
                 return
-            if job is waiting and not self._begin(job, step):
-                waits = True
-            elif not self._place(job, min(job.left, left), step):
-                waits = True  # it gave way itself: there are no pages for anybody
+            # One that finds no pages, or gave way itself, comes after all that run: nobody is left to be placed.
+            if (job is waiting and not self._begin(job, step)) or not self._place(job, min(job.left, left), step):
+                return
 
     def _place_drafts(self, step: Step) -> None:
         """As many as fit into budget and pages: they are a wish, not a need."""

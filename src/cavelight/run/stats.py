@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import takewhile
+from itertools import takewhile, zip_longest
 from statistics import fmean, median
 from typing import Any
 
 WINDOW = 16  # rounds over which it is judged whether drafts pay
+CANCELLED = "cancelled"  # as an end
 RECENT = 3  # plain steps that stand for plain decoding, the latest ones: steps get slower as the context grows
 
 
@@ -32,6 +33,7 @@ class Stats:
     accepted: list[int] = field(default_factory=list)
     settled: int = 0  # near-ties that were settled by a second computation
     off: str | None = None  # why speculation was turned off, or never on
+    without_native: str | None = None  # why the plain modules did what kernels.native would do faster
     finish: str | None = None  # why the generation ended
 
     def add_round(self, drafts: Sequence[int], new: Sequence[int], seconds: float | None) -> int:
@@ -44,12 +46,8 @@ class Stats:
         self.round_tokens.append(len(new))
         same = (draft == token for draft, token in zip(drafts, new, strict=False))
         kept = sum(takewhile(bool, same))
-        for j in range(len(drafts)):
-            if j == len(self.proposed):
-                self.proposed.append(0)
-                self.accepted.append(0)
-            self.proposed[j] += 1
-            self.accepted[j] += j < kept
+        self.proposed = added(self.proposed, [1] * len(drafts))
+        self.accepted = added(self.accepted, [int(j < kept) for j in range(len(drafts))])
         return kept
 
     @property
@@ -83,13 +81,15 @@ class Stats:
         return tokens >= cost
 
     def report(self) -> str:
-        """Two lines for people."""
+        """Two lines for people, and a third one where native layers are missing."""
         ended = f"; ended by the {self.finish}" if self.finish else ""
+        ended = "; cancelled" if self.finish == CANCELLED else ended
         first = (
             f"{self.new_tokens} tokens, {self.tokens_per_second:.1f} a second, "
             f"after a prompt of {self.prompt_tokens} in {self.prefill_seconds:.2f} s{ended}."
         )
-        return f"{first}\n{self._speculation()}"
+        lines = [first, self._speculation()]
+        return "\n".join(lines + ([f"Without native layers: {self.without_native}."] if self.without_native else []))
 
     def _speculation(self) -> str:
         if not self.round_tokens:
@@ -120,8 +120,14 @@ class Stats:
             "gain": self.gain,
             "settled": self.settled,
             "off": self.off,
+            "without_native": self.without_native,
             "finish": self.finish,
         }
+
+
+def added(some: Sequence[int], more: Sequence[int]) -> list[int]:
+    """Counts by depth of two generations together."""
+    return [a + b for a, b in zip_longest(some, more, fillvalue=0)]
 
 
 def _ordinal(n: int) -> str:

@@ -47,6 +47,8 @@ class StopStrings:
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
+        if isinstance(stops, str):  # a sequence of stop strings, too, but not the one that is meant
+            raise UserError("Stop strings come in a list", got=repr(stops), do=f"write [{stops!r}]")
         if "" in stops:
             raise UserError("A stop string is empty", why="it would stop before the first character")
         self.stops = stops
@@ -94,7 +96,8 @@ class TextStream(Iterator[str]):
             if piece:
                 yield piece
             if stops.hit is not None:
-                tokens.cancel(f"stop string {stops.hit!r}")
+                tokens.cancel()
+                self.stats.finish = f"stop string {stops.hit!r}"  # also if a step had made all tokens there are
                 return
         piece = stops.push(decoder.flush()) + stops.flush()
         if piece:

@@ -18,6 +18,8 @@ FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fopenmp",
 SWITCH = "CAVELIGHT_NATIVE"  # 0: never use what is built here
 PATIENCE = 300.0  # seconds
 SUM_BYTES = 32
+# What files, loading, compilers and (RuntimeError) the search for a home folder raise.
+BROKEN = (OSError, RuntimeError, subprocess.SubprocessError)
 
 
 class Build:
@@ -61,7 +63,7 @@ class Build:
                 self.reason = child.stderr.strip() or f"building ended with {child.returncode}"
             else:
                 self.loaded = ctypes.CDLL(str(file))
-        except Exception as error:  # whatever it is, there is a way without
+        except BROKEN as error:
             self.reason = str(error)
 
     def _is_here(self) -> bool:
@@ -71,7 +73,7 @@ class Build:
             content = file.read_bytes()
             if _sum(content[:-SUM_BYTES]) == content[-SUM_BYTES:]:  # loading half a library would kill the process
                 self.loaded = ctypes.CDLL(str(file))
-        except Exception:  # building it tells why, if that fails too
+        except BROKEN:  # building it tells why, if that fails too
             self.loaded = None
         return self.loaded is not None
 
@@ -128,6 +130,7 @@ def _processor() -> str:
 
 
 def _told(error: Exception) -> str:
+    """In one line."""
     if isinstance(error, subprocess.CalledProcessError):
         lines = (
             [line for line in error.stderr.splitlines() if "error" in line]
@@ -141,6 +144,6 @@ def _told(error: Exception) -> str:
 if __name__ == "__main__":
     try:
         compile_to(source=Path(sys.argv[1]), file=Path(sys.argv[2]))
-    except Exception as error:  # told in one line, whatever it is
+    except BROKEN as error:
         print(_told(error), file=sys.stderr)
         sys.exit(1)
