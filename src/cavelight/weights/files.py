@@ -1,14 +1,17 @@
 """Safetensors on disk: one file, or shards with an index as Hugging Face lays them out.
 
-What headers say is checked in headers.py. Tensors are read, not mapped: mapped pages count as memory in use, and one
-that lies past the end of a file which became shorter kills the process.
+What headers say is checked in headers.py. Tensors are read into memory, or seen in the file's own pages, mapped.
 """
 
 import json
+import math
+import mmap
 import os
+import re
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,9 @@ from cavelight.weights.headers import CODES, INDEX, SINGLE, Entry, abbreviated, 
 
 __all__ = ["INDEX", "SINGLE", "Entry", "Safetensors", "Shard", "abbreviated", "index_of", "layout", "write_safetensors"]
 
+SWITCH = "CAVELIGHT_MAPPED"  # 0: weights to run are read, not mapped
 SHARD_BYTES = 4 * 2**30
+EXPERT = re.compile(r"(.*\.experts)\.\d+(\.\w+)\..*")  # a tensor of one expert
 PIECE = 2**26  # bytes read at a time: Ctrl-C is heard between two pieces
 
 
@@ -28,24 +33,71 @@ class Safetensors:
     """The tensors of a checkpoint folder: all headers are read and checked at once, the tensors when asked for.
 
     `entries` maps names to what the headers say. Raises UserError for whatever is missing, cut short, doubled or
-    contradictory, when made or when read. Holds no file open, and may be shared between threads.
+    contradictory, when made or when read. May be shared between threads.
+
+    mapped: tensors are views of their files, which are never written to: who writes to a view gets pages of his own.
+    They keep the file that was opened, renamed or deleted; if it is cut short, touching what is gone ends the process.
+    Otherwise, and where a tensor lies askew or a file system cannot map, they are in memory of their own, and no file
+    is held open.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, mapped: bool = False) -> None:
+        self.folder, self.mapped = folder, mapped
         self.entries: dict[str, Entry] = read_headers(folder)
+        self._mappings: dict[Path, mmap.mmap | None] = {}
 
     def tensor(self, name: str) -> Tensor:
-        """The tensor, in memory of its own."""
+        """The tensor."""
         entry = self.entries[name]
-        return self._read(entry, 0, entry.shape)
+        return self._part(entry, 0, entry.shape)
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows start..stop of the first axis, in memory of their own."""
+        """Rows start..stop of the first axis."""
         entry = self.entries[name]
         assert 0 <= start <= stop <= entry.shape[0], (name, entry.shape, start, stop)
         row_bytes = entry.nbytes // max(1, entry.shape[0])
-        return self._read(entry, start * row_bytes, (stop - start, *entry.shape[1:]))
+        return self._part(entry, start * row_bytes, (stop - start, *entry.shape[1:]))
+
+    def stacked(self, names: Sequence[str]) -> Tensor | None:
+        """Tensors of one shape as one, [number of names, *shape], without a copy.
+
+        None where they do not lie one behind the other in a file that is mapped.
+        """
+        first, *others = (self.entries[name] for name in names)
+        alike = (first.file, first.dtype, first.shape)
+        for number, entry in enumerate(others, 1):
+            lies_there = entry.start == first.start + number * first.nbytes
+            if not lies_there or (entry.file, entry.dtype, entry.shape) != alike:
+                return None
+        return self._view(first, 0, (len(names), *first.shape))
+
+    def _part(self, entry: Entry, skipped: int, shape: tuple[int, ...]) -> Tensor:
+        """`shape` elements of a tensor, from the byte after the `skipped` ones on."""
+        view = self._view(entry, skipped, shape)
+        return self._read(entry, skipped, shape) if view is None else view
+
+    def _view(self, entry: Entry, skipped: int, shape: tuple[int, ...]) -> Tensor | None:
+        """As `_part`, in a mapped file's own pages; None where that cannot be."""
+        at, count = entry.start + skipped, math.prod(shape)
+        if not self.mapped or not count or at % entry.dtype.itemsize:
+            return None
+        mapping = self._mapping(entry.file)
+        if mapping is None:
+            return None
+        end = at + count * entry.dtype.itemsize
+        if len(mapping) < end:  # it was longer when its header was read
+            raise cut_short(entry.file, len(mapping), end)
+        # A tensor for itself, not a part of one for the whole file: who saves or copies one does not take all along.
+        return torch.frombuffer(mapping, dtype=entry.dtype, count=count, offset=at).view(shape)
+
+    def _mapping(self, file: Path) -> mmap.mmap | None:
+        if file not in self._mappings:
+            with opened(file) as handle:
+                try:
+                    self._mappings[file] = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_COPY)
+                except (OSError, ValueError):  # its file system cannot, or it is empty by now, which reading tells
+                    self._mappings[file] = None
+        return self._mappings[file]
 
     def _read(self, entry: Entry, skipped: int, shape: tuple[int, ...]) -> Tensor:
         """`shape` elements of a tensor, from the byte after the `skipped` ones on."""
@@ -81,15 +133,20 @@ class Shard:
 
 
 def layout(entries: Sequence[Entry], shard_bytes: int = SHARD_BYTES) -> tuple[Shard, ...]:
-    """One file, or shards of at most `shard_bytes` of tensors each; a tensor larger than that has a shard to itself."""
+    """One file, or shards of at most `shard_bytes` of tensors each; what is larger has a shard to itself.
+
+    That may be a tensor, or one matrix of all experts of a layer: they lie one behind the other, to be mapped as one.
+    """
     groups: list[list[Entry]] = [[]]
     size = 0
-    for entry in entries:
-        if groups[-1] and size + entry.nbytes > shard_bytes:
+    for _, together in groupby(entries, key=lambda entry: EXPERT.sub(r"\1\2", entry.name)):
+        some = list(together)
+        nbytes = sum(entry.nbytes for entry in some)
+        if groups[-1] and size + nbytes > shard_bytes:
             groups.append([])
             size = 0
-        groups[-1].append(entry)
-        size += entry.nbytes
+        groups[-1] += some
+        size += nbytes
     count = len(groups)
     if count == 1:
         return (_shard(SINGLE, groups[0]),)
@@ -97,7 +154,8 @@ def layout(entries: Sequence[Entry], shard_bytes: int = SHARD_BYTES) -> tuple[Sh
 
 
 def _shard(file: str, group: Sequence[Entry]) -> Shard:
-    group = sorted(group, key=lambda entry: -entry.dtype.itemsize)  # wide ones first keeps every tensor aligned
+    # Wide ones first keeps every tensor aligned; each kind for itself, the words of a layer's experts side by side.
+    group = sorted(group, key=lambda entry: (-entry.dtype.itemsize, CODES[entry.dtype]))
     described: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offsets, end = {}, 0
     for entry in group:

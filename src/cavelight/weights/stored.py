@@ -33,9 +33,10 @@ class Checkpoint:
     into one name, and whatever belongs to none stands for itself (weights.names.check_fit finds what is left over).
     `raw` is config.json as it stands. Raises UserError for a broken configuration, for files that are broken, and for
     packed matrices whose scales are missing, misshapen or left over; what scales hold is checked when they are read.
+    mapped: see weights.files.Safetensors.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, mapped: bool = False) -> None:
         if not folder.is_dir():
             raise UserError(
                 f"There is no folder {folder}",
@@ -46,7 +47,7 @@ class Checkpoint:
         self.config = ModelConfig.read(folder)
         self.raw: dict[str, Any] = json.loads((folder / "config.json").read_bytes())
         self.format = Format.of(self.raw.get("quantization_config"))
-        self.files = Safetensors(folder)
+        self.files = Safetensors(folder, mapped)
         self._check_announced()
         self._parts = self._packed_parts()
         folded = {part: name for name, parts in self._parts.items() for part in parts.values()}

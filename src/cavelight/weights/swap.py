@@ -18,7 +18,7 @@ from cavelight.kernels import experts, native
 from cavelight.model.transformer import Transformer
 from cavelight.spec.formats import PACKED_ROLES, Format
 from cavelight.spec.shapes import parameters
-from cavelight.weights.names import HFTensor
+from cavelight.weights.names import HFTensor, by_parameter
 from cavelight.weights.quant import tiles_of, unpack, unpack_tile
 from cavelight.weights.stored import Checkpoint
 
@@ -139,24 +139,24 @@ def _packed_alike(checkpoint: Checkpoint, tensors: Sequence[HFTensor]) -> dict[s
     def dtypes(tensor: HFTensor) -> tuple[torch.dtype, ...]:
         return tuple(checkpoint.files.entries[part].dtype for part in checkpoint.parts(tensor.name).values())
 
-    of_parameter: dict[str, list[HFTensor]] = {}
-    for tensor in tensors:
-        if len(tensor.parts) == 1 and not tensor.is_copy:
-            of_parameter.setdefault(tensor.parts[0].name, []).append(tensor)
     return {
         name: parts
-        for name, parts in of_parameter.items()
+        for name, parts in by_parameter(tensors).items()
         if all(checkpoint.is_packed(tensor.name) for tensor in parts) and len({dtypes(tensor) for tensor in parts}) == 1
     }
 
 
 def _stacked(checkpoint: Checkpoint, tensors: Sequence[HFTensor]) -> dict[str, Tensor]:
-    """The parts of all experts' matrices, one behind the other, each put into its place as it is read."""
-    stacks: dict[str, Tensor] = {}
+    """The parts of all experts' matrices, one behind the other: as they lie, or each put into its place."""
+    names = [checkpoint.parts(tensor.name) for tensor in tensors]
+    lying = {suffix: checkpoint.files.stacked([parts[suffix] for parts in names]) for suffix in names[0]}
+    stacks = {suffix: stack for suffix, stack in lying.items() if stack is not None and suffix != "weight_shape"}
+    lie = {*stacks, "weight_shape"}
     for expert, tensor in enumerate(tensors):
-        parts = checkpoint.packed_rows(tensor.name, 0, tensor.shape[0])
-        parts.pop("weight_shape", None)
+        parts = checkpoint.packed_rows(tensor.name, 0, tensor.shape[0])  # which checks them
         for suffix, part in parts.items():
+            if suffix in lie:
+                continue
             if suffix not in stacks:
                 stacks[suffix] = part.new_empty(len(tensors), *part.shape)
             stacks[suffix][expert] = part
