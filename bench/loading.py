@@ -38,8 +38,8 @@ from cavelight.weights.snapshot import read_checkpoint, write_checkpoint
 WAYS = ("mapped", "read")
 HUGE = "read, in huge pages"
 TOKENS, PROMPT = 50, [3, 1, 4, 1, 5]
-CASES = (Case("decoding", 128), Case("decoding", 128, batch=8), Case("prompt", 0, 512))
-TURN = 0.5  # seconds of a case before the other way has its turn
+CASES = (Case("decoding", 128), Case("decoding", 128, batch=8))
+TURN, PROBE = 0.5, 0.2  # seconds of a case before another way has its turn, and of reading beside it
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Found:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Weights mapped and read.")
-    parser.add_argument("--rounds", type=int, default=5, help="of every start, and of every turn (5)")
+    parser.add_argument("--rounds", type=int, default=4, help="of every start, and half the turns (4)")
     parser.add_argument("--out", type=Path, default=Path("docs/results"), help="where the page goes")
     parser.add_argument("--start", type=json.loads, help=argparse.SUPPRESS)  # a child: the arguments of `start`
     parser.add_argument("--beside", type=json.loads, help=argparse.SUPPRESS)  # a child: the arguments of `beside`
@@ -94,13 +94,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write_checkpoint(random_model(preset("mid"), torch.bfloat16), folders["bfloat16"])
         convert(folders["bfloat16"], folders["int8"], INT8)
         without_native()
+        busy = os.getloadavg()[0]
         sizes = {kind: sum(file.stat().st_size for file in folder.iterdir()) for kind, folder in folders.items()}
         found = {kind: both(folder, options.rounds) for kind, folder in folders.items()}
         speeds = {kind: turns(folder, options.rounds) for kind, folder in folders.items()}
     called = list(sys.argv[1:] if arguments is None else arguments)
     page = options.out / "loading.md"
     with file_beside(page) as file:
-        file.write_text(report(found, speeds, sizes, called), encoding="utf-8")
+        file.write_text(report(found, speeds, sizes, busy, called), encoding="utf-8")
     print(f"wrote {page}")
     return 0
 
@@ -204,7 +205,7 @@ def turns(folder: Path, rounds: int) -> dict[str, dict[str, tuple[float, float]]
         seen: dict[str, list[tuple[float, float]]] = {way: [] for way in models}
         for number in range(2 * rounds):
             for way in models if number % 2 else reversed(models):
-                bandwidth = read_bandwidth(seconds=TURN)
+                bandwidth = read_bandwidth(seconds=PROBE)
                 measured = measure(models[way], case)
                 share = measured.read / measured.typical / bandwidth
                 seen[way].append((measured.tokens_per_second, share))
@@ -230,6 +231,7 @@ def report(
     found: dict[str, dict[str, Found]],
     speeds: dict[str, dict[str, dict[str, tuple[float, float]]]],
     sizes: dict[str, int],
+    busy: float,
     called: Sequence[str],
 ) -> str:
     starts, memory, decoding = [], [], []
@@ -275,6 +277,7 @@ Tokens a second (and the share of what could be read in the time), in one proces
 {rows(decoding)}
 
 Transparent huge pages of this system: `{transparent()}`; what is read has small ones here unless it asks.
+Load of the machine when it began: {busy:.1f}.
 
 Command: `{shlex.join(["python", "-m", "bench.loading", *called])}`{"  "}
 Commit: {commit()}{"  "}
