@@ -1,6 +1,6 @@
 """What mapping weights is worth, and costs: starts, memory of two processes beside each other, and decoding.
 
-python -m bench.loading writes docs/results/loading.md. The model is `mid` with random weights, in bfloat16 and int8.
+python -m bench.loading writes docs/results/loading.md. The model is `mid` with random weights.
 Every start and every process that shares is one of its own; mapped and read take turns in all of it.
 """
 
@@ -79,6 +79,7 @@ class Found:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Weights mapped and read.")
     parser.add_argument("--rounds", type=int, default=4, help="of every start, and half the turns (4)")
+    parser.add_argument("--kinds", default="bfloat16,int8", help="bfloat16, int8, or both (bfloat16,int8)")
     parser.add_argument("--out", type=Path, default=Path("docs/results"), help="where the page goes")
     parser.add_argument("--start", type=json.loads, help=argparse.SUPPRESS)  # a child: the arguments of `start`
     parser.add_argument("--beside", type=json.loads, help=argparse.SUPPRESS)  # a child: the arguments of `beside`
@@ -90,9 +91,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         beside(*options.beside)
         return 0
     with TemporaryDirectory() as scratch:
-        folders = {"bfloat16": Path(scratch) / "bfloat16", "int8": Path(scratch) / "int8"}
-        write_checkpoint(random_model(preset("mid"), torch.bfloat16), folders["bfloat16"])
-        convert(folders["bfloat16"], folders["int8"], INT8)
+        folders = {kind: Path(scratch) / kind for kind in options.kinds.split(",")}
+        plain = Path(scratch) / "bfloat16"
+        write_checkpoint(random_model(preset("mid"), torch.bfloat16), plain)
+        if "int8" in folders:
+            convert(plain, folders["int8"], INT8)
         without_native()
         busy = os.getloadavg()[0]
         sizes = {kind: sum(file.stat().st_size for file in folder.iterdir()) for kind, folder in folders.items()}
@@ -263,8 +266,7 @@ the look for NaN.
 
 Two processes beside each other on the same checkpoint, and what one of them has more than before it loaded, in MB: of
 its own, which nobody shares, and its share of everything (Pss). What is its own of mapped weights are the two halves of
-`kv_b_proj`, which are wanted apart, and the cache and buffers of generating {TOKENS} tokens. Copies of embedding and
-head that a checkpoint has beside each MTP module are compared with their originals; mapped, they then count as shared.
+`kv_b_proj`, which are wanted apart, and the cache and buffers of generating {TOKENS} tokens.
 
 | | weights | loaded: own | share | generated: own | share |
 |---|---|--:|--:|--:|--:|

@@ -110,6 +110,16 @@ def test_the_engine_answers_the_same_and_has_as_many_pages(tmp_path: Path) -> No
     assert own_pages(folder) == 0
 
 
+def test_what_is_copied_is_not_mapped_beside_the_copy(tmp_path: Path) -> None:
+    """Its pages would count as resident memory, which `plan` knows nothing of."""
+    folder = saved(tmp_path / "model", shard_bytes=1)  # files with a parameter each
+    model, entries = read_checkpoint(folder, torch.float32), Safetensors(folder).entries
+    biases = {entry.file.name for entry in entries.values() if entry.dtype == torch.float32}
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    assert biases and {line.rpartition("/")[2] for line in lines if f"{folder.resolve()}/" in line} == biases
+    assert next(model.parameters()).dtype == torch.float32
+
+
 # What lies in the file
 
 
@@ -165,28 +175,28 @@ def test_what_lies_askew_is_read(tmp_path: Path, askew: int) -> None:
     padded = header.encode() + b" " * (-len(header) % 8 + askew)
     values = torch.tensor([1.5, -2.5])
     (tmp_path / SINGLE).write_bytes(shard(padded, values.numpy().tobytes()))
-    checkpoint = Safetensors(tmp_path, mapped=True)
-    assert same_bits(checkpoint.tensor("a"), values)
-    assert (checkpoint.stacked(["a"]) is not None) == (askew % 4 == 0)
+    checkpoint = Safetensors(tmp_path)
+    view = checkpoint.mapped(["a"])
+    assert (view is not None) == (askew % 4 == 0) and same_bits(checkpoint.tensor("a"), values)
+    assert view is None or same_bits(view[0], values)
 
 
 def test_stacks_need_one_shape_one_dtype_and_the_right_order(tmp_path: Path) -> None:
     parts = {name: torch.arange(4.0).view(2, 2) + n for n, name in enumerate("abc")}
     write(tmp_path, {**parts, "long": torch.zeros(4), "half": torch.zeros(2, 2).half()})
-    checkpoint = Safetensors(tmp_path, mapped=True)
-    together = checkpoint.stacked(["a", "b", "c"])
+    checkpoint = Safetensors(tmp_path)
+    together = checkpoint.mapped(["a", "b", "c"])
     assert together is not None and torch.equal(together, torch.stack([*parts.values()]))
     for names in (["b", "a"], ["a", "c"], ["c", "long"], ["c", "half"], ["a", "a"]):
-        assert checkpoint.stacked(names) is None
-    assert Safetensors(tmp_path).stacked(["a", "b"]) is None
+        assert checkpoint.mapped(names) is None
 
 
-def test_rows_of_a_mapped_tensor(tmp_path: Path) -> None:
+def test_single_tensors_of_every_kind(tmp_path: Path) -> None:
     write(tmp_path, TENSORS | {"empty": torch.empty(0, 4)})
-    checkpoint = Safetensors(tmp_path, mapped=True)
-    assert all(same_bits(checkpoint.tensor(name), TENSORS[name]) for name in TENSORS)
-    assert same_bits(checkpoint.rows("wide", 1, 3), TENSORS["wide"][1:3])
-    assert checkpoint.rows("wide", 1, 1).shape == (0, 4) and checkpoint.tensor("empty").shape == (0, 4)
+    checkpoint = Safetensors(tmp_path)
+    views = {name: checkpoint.mapped([name]) for name in checkpoint.entries}
+    assert views.pop("empty") is None
+    assert all(view is not None and same_bits(view[0], TENSORS[name]) for name, view in views.items())
 
 
 # Nothing reaches the file
@@ -263,19 +273,20 @@ def test_a_conversion_over_the_folder_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize("left", [0, 1, 200])
 def test_a_file_cut_short_since_its_header_was_read(tmp_path: Path, left: int) -> None:
     write(tmp_path, {"a": torch.zeros(1000)})
-    checkpoint = Safetensors(tmp_path, mapped=True)
+    checkpoint = Safetensors(tmp_path)
     size = (tmp_path / SINGLE).stat().st_size
     os.truncate(tmp_path / SINGLE, left)
     with pytest.raises(UserError, match=rf"is cut short. Got: {left} of {size:,} bytes"):
-        checkpoint.tensor("a")
+        if checkpoint.mapped(["a"]) is None:
+            checkpoint.tensor("a")
 
 
 def test_a_file_gone_since_its_header_was_read(tmp_path: Path) -> None:
     write(tmp_path, {"a": torch.zeros(1000)})
-    checkpoint = Safetensors(tmp_path, mapped=True)
+    checkpoint = Safetensors(tmp_path)
     (tmp_path / SINGLE).unlink()
     with pytest.raises(UserError, match="is missing"):
-        checkpoint.tensor("a")
+        checkpoint.mapped(["a"])
 
 
 # Reading instead

@@ -1,10 +1,9 @@
 """Safetensors on disk: one file, or shards with an index as Hugging Face lays them out.
 
-What headers say is checked in headers.py. Tensors are read into memory, or seen in the file's own pages, mapped.
+What headers say is checked in headers.py. Tensors are read into memory, or seen in their file's own pages.
 """
 
 import json
-import math
 import mmap
 import os
 import re
@@ -33,62 +32,48 @@ class Safetensors:
     """The tensors of a checkpoint folder: all headers are read and checked at once, the tensors when asked for.
 
     `entries` maps names to what the headers say. Raises UserError for whatever is missing, cut short, doubled or
-    contradictory, when made or when read. May be shared between threads.
-
-    mapped: tensors are views of their files, which are never written to: who writes to a view gets pages of his own.
-    They keep the file that was opened, renamed or deleted; if it is cut short, touching what is gone ends the process.
-    Otherwise, and where a tensor lies askew or a file system cannot map, they are in memory of their own, and no file
-    is held open.
+    contradictory, when made or when read. May be shared between threads. Holds no file open but those
+    that `mapped` maps.
     """
 
-    def __init__(self, folder: Path, mapped: bool = False) -> None:
-        self.folder, self.mapped = folder, mapped
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.entries: dict[str, Entry] = read_headers(folder)
         self._mappings: dict[Path, mmap.mmap | None] = {}
 
     def tensor(self, name: str) -> Tensor:
-        """The tensor."""
+        """The tensor, in memory of its own."""
         entry = self.entries[name]
-        return self._part(entry, 0, entry.shape)
+        return self._read(entry, 0, entry.shape)
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows start..stop of the first axis."""
+        """Rows start..stop of the first axis, in memory of their own."""
         entry = self.entries[name]
         assert 0 <= start <= stop <= entry.shape[0], (name, entry.shape, start, stop)
         row_bytes = entry.nbytes // max(1, entry.shape[0])
-        return self._part(entry, start * row_bytes, (stop - start, *entry.shape[1:]))
+        return self._read(entry, start * row_bytes, (stop - start, *entry.shape[1:]))
 
-    def stacked(self, names: Sequence[str]) -> Tensor | None:
-        """Tensors of one shape as one, [number of names, *shape], without a copy.
+    def mapped(self, names: Sequence[str]) -> Tensor | None:
+        """Tensors of one shape as one, [number of names, *shape]: a view of their file.
 
-        None where they do not lie one behind the other in a file that is mapped.
+        None where they do not lie one behind the other in one file, lie askew, are empty, or cannot be mapped. The file
+        is never written to: who writes to the view gets pages of his own. It is the file that was opened, renamed or
+        deleted as it may be; if it is cut short, touching what is gone ends the process.
         """
         first, *others = (self.entries[name] for name in names)
-        alike = (first.file, first.dtype, first.shape)
         for number, entry in enumerate(others, 1):
-            lies_there = entry.start == first.start + number * first.nbytes
-            if not lies_there or (entry.file, entry.dtype, entry.shape) != alike:
+            follows = (entry.file, entry.start) == (first.file, first.start + number * first.nbytes)
+            if not follows or (entry.dtype, entry.shape) != (first.dtype, first.shape):
                 return None
-        return self._view(first, 0, (len(names), *first.shape))
-
-    def _part(self, entry: Entry, skipped: int, shape: tuple[int, ...]) -> Tensor:
-        """`shape` elements of a tensor, from the byte after the `skipped` ones on."""
-        view = self._view(entry, skipped, shape)
-        return self._read(entry, skipped, shape) if view is None else view
-
-    def _view(self, entry: Entry, skipped: int, shape: tuple[int, ...]) -> Tensor | None:
-        """As `_part`, in a mapped file's own pages; None where that cannot be."""
-        at, count = entry.start + skipped, math.prod(shape)
-        if not self.mapped or not count or at % entry.dtype.itemsize:
-            return None
-        mapping = self._mapping(entry.file)
+        count, size = len(names) * first.size, first.dtype.itemsize
+        mapping = None if not count or first.start % size else self._mapping(first.file)
         if mapping is None:
             return None
-        end = at + count * entry.dtype.itemsize
-        if len(mapping) < end:  # it was longer when its header was read
-            raise cut_short(entry.file, len(mapping), end)
+        if len(mapping) < first.start + count * size:  # it was longer when its header was read
+            raise cut_short(first.file, len(mapping), first.start + count * size)
         # A tensor for itself, not a part of one for the whole file: who saves or copies one does not take all along.
-        return torch.frombuffer(mapping, dtype=entry.dtype, count=count, offset=at).view(shape)
+        flat = torch.frombuffer(mapping, dtype=first.dtype, count=count, offset=first.start)
+        return flat.view(len(names), *first.shape)
 
     def _mapping(self, file: Path) -> mmap.mmap | None:
         if file not in self._mappings:

@@ -65,14 +65,14 @@ def read_checkpoint(
     and infinity. without_mtp: leave the MTP modules out, whether or not the checkpoint holds them. packed: keep packed
     matrices as they are stored, for running only (see weights.swap); unless told, integers are kept, which is what they
     are for, and block-fp8 is unpacked, which can then be trained and saved. mapped: weights that lie in their files as
-    they are wanted stay there, and processes share them (see weights.files.Safetensors); False reads them into memory,
-    as does CAVELIGHT_MAPPED=0 in the environment unless told.
+    they are wanted stay there, and processes share them (see weights.files.Safetensors.mapped); False reads them into
+    memory, as does CAVELIGHT_MAPPED=0 in the environment unless told.
 
     Raises UserError for files that are missing or broken, for any missing, left-over or misshapen tensor, for MTP
     modules that the configuration announces and the files lack (or the reverse), and for weights that are not finite.
     """
     mapped = os.environ.get(SWITCH) != "0" if mapped is None else mapped
-    checkpoint = Checkpoint(Path(path), mapped)
+    checkpoint = Checkpoint(Path(path))
     config = checkpoint.config
     if without_mtp:
         config = config.replace(num_nextn_predict_layers=0)
@@ -85,9 +85,9 @@ def read_checkpoint(
         dtype = torch.bfloat16 if stored == {torch.bfloat16} else torch.float32
     model = Transformer(config, dtype, device=torch.device("meta"))
     keep = checkpoint.format.kind == "int" if packed is None else packed
-    gone = swap(model, checkpoint, wanted) if keep else set()
+    gone = swap(model, checkpoint, wanted, mapped) if keep else set()
     dtypes = {"model": dtype, "float32": torch.float32}
-    lying = _lying(checkpoint, wanted, dtypes)
+    lying = _lying(checkpoint, wanted, dtypes) if mapped else {}
     ours = lying | {
         p.name: torch.empty(p.shape, dtype=dtypes[p.dtype])
         for p in parameters(config)
@@ -96,8 +96,10 @@ def read_checkpoint(
     for tensor in wanted:
         if tensor.parts[0].name in gone and (checkpoint.format.kind == "int" or not check_finite):
             continue  # integers are finite if their scales are, which is checked when they are read
-        # In the wanted dtype before it is checked: float16 makes infinities of what it cannot hold.
-        theirs = checkpoint.tensor(tensor.name, dtypes[tensor.dtype])
+        if tensor.parts[0].name in lying and not tensor.is_copy:
+            theirs = tensor.pack(ours)
+        else:  # in the wanted dtype before it is checked: float16 makes infinities of what it cannot hold
+            theirs = checkpoint.tensor(tensor.name, dtypes[tensor.dtype])
         if check_finite:
             _check_finite(tensor.name, theirs)
         if tensor.is_copy or tensor.parts[0].name not in gone | lying.keys():
@@ -154,12 +156,14 @@ def write_checkpoint(
 
 
 def _lying(checkpoint: Checkpoint, wanted: Sequence[HFTensor], dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
-    """Views of the parameters that lie in a mapped file as they are wanted, a layer's experts one behind the other."""
+    """Views of the parameters that lie in a file as they are wanted, a layer's experts one behind the other."""
     found = {}
     for name, tensors in by_parameter(wanted).items():
         stored, parameter = [tensor.name for tensor in tensors], tensors[0].parts[0]
-        view = None if any(map(checkpoint.is_packed, stored)) else checkpoint.files.stacked(stored)
-        if view is not None and view.dtype == dtypes[parameter.dtype]:
+        if any(map(checkpoint.is_packed, stored)) or checkpoint.dtype(stored[0]) != dtypes[parameter.dtype]:
+            continue
+        view = checkpoint.files.mapped(stored)
+        if view is not None:
             found[name] = view.view(parameter.shape)
     return found
 

@@ -107,26 +107,31 @@ def is_packed(model: nn.Module) -> bool:
     return any(isinstance(module, Packed) for module in model.modules())
 
 
-def swap(model: Transformer, checkpoint: Checkpoint, wanted: Sequence[HFTensor]) -> set[str]:
+def swap(model: Transformer, checkpoint: Checkpoint, wanted: Sequence[HFTensor], mapped: bool = False) -> set[str]:
     """Exchange what can be run from packed weights, and fill it from the checkpoint's tensors, `wanted`.
 
-    Returns the names of the parameters that went. A stack of experts stays plain if only some of it is packed, and so
-    do the two up-projections of latent attention, which are no Linears.
+    mapped: as they lie in their files, where they do. Returns the names of the parameters that went. A stack of experts
+    stays plain if only some of it is packed, and so do the two up-projections of latent attention, which are no
+    Linears.
     """
     packed = _packed_alike(checkpoint, wanted)
     table = {p.name: p for p in parameters(model.config) if p.name in packed and p.role in PACKED_ROLES}
     gone = set()
+
+    def matrices(name: str) -> dict[str, Tensor]:
+        return checkpoint.packed_stack([tensor.name for tensor in packed[name]], mapped)
+
     for name, p in table.items():
         module, _, last = name.rpartition(".")
         stacks = [f"{module}.{stack}" for stack in STACKS] if p.role == "expert" else [name]
         if last not in ("weight", STACKS[0]) or not table.keys() >= set(stacks):
             continue
         if p.role == "expert":
-            parts = {stack.rpartition(".")[2]: _stacked(checkpoint, packed[stack]) for stack in stacks}
+            parts = {stack.rpartition(".")[2]: matrices(stack) for stack in stacks}
             _exchange(model, module, PackedExperts(parts, checkpoint.format, p.shape[2], p.shape[1]))
         else:
-            rows = checkpoint.packed_rows(packed[name][0].name, 0, p.shape[0])
-            _exchange(model, module, PackedLinear(rows, checkpoint.format, (p.shape[0], p.shape[1])))
+            alone = {suffix: part[0] for suffix, part in matrices(name).items()}
+            _exchange(model, module, PackedLinear(alone, checkpoint.format, (p.shape[0], p.shape[1])))
         gone |= set(stacks)
     if gone:
         model.requires_grad_(False)
@@ -144,23 +149,6 @@ def _packed_alike(checkpoint: Checkpoint, tensors: Sequence[HFTensor]) -> dict[s
         for name, parts in by_parameter(tensors).items()
         if all(checkpoint.is_packed(tensor.name) for tensor in parts) and len({dtypes(tensor) for tensor in parts}) == 1
     }
-
-
-def _stacked(checkpoint: Checkpoint, tensors: Sequence[HFTensor]) -> dict[str, Tensor]:
-    """The parts of all experts' matrices, one behind the other: as they lie, or each put into its place."""
-    names = [checkpoint.parts(tensor.name) for tensor in tensors]
-    lying = {suffix: checkpoint.files.stacked([parts[suffix] for parts in names]) for suffix in names[0]}
-    stacks = {suffix: stack for suffix, stack in lying.items() if stack is not None and suffix != "weight_shape"}
-    lie = {*stacks, "weight_shape"}
-    for expert, tensor in enumerate(tensors):
-        parts = checkpoint.packed_rows(tensor.name, 0, tensor.shape[0])  # which checks them
-        for suffix, part in parts.items():
-            if suffix in lie:
-                continue
-            if suffix not in stacks:
-                stacks[suffix] = part.new_empty(len(tensors), *part.shape)
-            stacks[suffix][expert] = part
-    return stacks
 
 
 def _exchange(model: nn.Module, name: str, module: nn.Module) -> None:
