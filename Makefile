@@ -30,7 +30,7 @@ golden: $(VENV)/.ready-dev ## rewrite the golden trajectories; read the diff bef
 
 # Proofs are the long runs behind docs/results; everything else in bench/ measures speeds.
 PROOFS := bench.balance bench.conversion bench.memory bench.resume bench.needle bench.proof bench.crowd
-BENCHES := bench.running bench.training bench.scaling bench.speculation bench.packing bench.headers bench.planner bench.tokenising
+BENCHES := bench.running bench.loading bench.training bench.scaling bench.speculation bench.packing bench.headers bench.planner bench.tokenising
 
 bench: $(VENV)/.ready-dev ## measure the speeds that README and docs speak of (bench/*.py)
 	@set -e; for script in $(BENCHES); do echo "== $$script"; $(BIN)/python -m $$script; done

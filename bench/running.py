@@ -170,7 +170,7 @@ def typical(acts: Sequence[Callable[[], object]], rounds: int = 4) -> float:
 
 def memory_of_a_prompt(folder: Path) -> int:
     """Bytes by which the process grows at its highest while a prompt of 4,096 goes through the engine."""
-    model = read_checkpoint(folder)
+    model = read_checkpoint(folder, mapped=False)  # whose pages are all there before, and stay
     without_native()
     engine = Engine(model, memory=80 << 20, budget=512)
     before = resident("VmRSS")

@@ -187,7 +187,7 @@ def batch(rows: int, length: int, seed: int) -> Batch:
 def _ours(way: Way, folder: str) -> Callable[[Batch], float]:
     """The whole recipe: clipping, balance loss and routing biases are transformers' neither."""
     recipe = TrainSection(steps=100, learning_rate=RATE, warmup_steps=0, moments=way.moments)
-    model = read_checkpoint(folder, getattr(torch, way.numbers))
+    model = read_checkpoint(folder, getattr(torch, way.numbers), mapped=False)
     optimizer = Optimizer(model, recipe)
     return lambda batch: train_step(model, optimizer, [batch], recipe, 0, 0.0).loss
 

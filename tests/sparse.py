@@ -6,14 +6,15 @@ A hole reads as zeros and has no blocks on disk, so 688 GB fit anywhere; whateve
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from cavelight.spec.config import ModelConfig
 from cavelight.spec.formats import FP8, PACKED_ROLES, Format
-from cavelight.weights.files import index_of, layout
-from cavelight.weights.headers import DTYPES, INDEX, Entry
+from cavelight.weights.files import Shard, index_of, layout
+from cavelight.weights.headers import DTYPES, INDEX, SINGLE, Entry
 from cavelight.weights.names import hf_tensors
 
 
@@ -31,8 +32,7 @@ def write_sparse(folder: Path, config: ModelConfig, shards: int, form: Format = 
     """Write config.json, index and so many shards of holes into a new folder; returns what they hold."""
     folder.mkdir()
     entries = list(stored_entries(config, form))
-    files = layout(entries, _shard_bytes(entries, shards))
-    assert len(files) == shards
+    files = _cut(entries, shards)
     for shard in files:
         with open(folder / shard.file, "wb") as handle:
             handle.write(shard.header)
@@ -45,18 +45,23 @@ def write_sparse(folder: Path, config: ModelConfig, shards: int, form: Format = 
     return entries
 
 
-def _shard_bytes(entries: list[Entry], shards: int) -> int:
-    """The size at which filling one shard after another gives that many."""
-    limit = sum(entry.nbytes for entry in entries) // shards
-    while _count(entries, limit) > shards:
+def _cut(entries: list[Entry], count: int) -> list[Shard]:
+    """So many shards filled one after another, as publishers do, who cut between a layer's experts."""
+    limit = sum(entry.nbytes for entry in entries) // count
+    while len(groups := _filled(entries, limit)) > count:
         limit += 2**24
-    return limit
+    assert len(groups) == count
+    whole = [layout(group, limit + 2**40)[0] for group in groups]
+    names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)] if count > 1 else [SINGLE]
+    return [replace(shard, file=name) for shard, name in zip(whole, names, strict=True)]
 
 
-def _count(entries: list[Entry], limit: int) -> int:
-    count, size = 1, 0
+def _filled(entries: list[Entry], limit: int) -> list[list[Entry]]:
+    groups, size = list[list[Entry]]([[]]), 0
     for entry in entries:
         if size and size + entry.nbytes > limit:
-            count, size = count + 1, 0
+            groups.append([])
+            size = 0
+        groups[-1].append(entry)
         size += entry.nbytes
-    return count
+    return groups

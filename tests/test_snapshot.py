@@ -86,7 +86,7 @@ def test_round_trip_to_the_bit(tmp_path: Path, dtype: torch.dtype, shard_bytes: 
 
 
 def test_a_read_model_trains_and_outlives_its_folder(saved: Path) -> None:
-    model = read_checkpoint(saved)
+    model = read_checkpoint(saved, mapped=False)
     for file in saved.iterdir():
         file.write_bytes(b"")
     assert_same(model, filled(WITH_MTP))
@@ -255,10 +255,11 @@ EXPERT = "model.layers.2.mlp.experts.7.up_proj.weight"
         (lambda folder: os.truncate(folder / files.SINGLE, 30_000), "is cut short. Got: 30,000 of"),
     ],
 )
-def test_broken_checkpoints(saved: Path, damage: Callable[[Path], Any], message: str) -> None:
+@pytest.mark.parametrize("mapped", [True, False], ids=["mapped", "read"])
+def test_broken_checkpoints(saved: Path, damage: Callable[[Path], Any], message: str, mapped: bool) -> None:
     damage(saved)
     with pytest.raises(UserError, match=message):
-        read_checkpoint(saved)
+        read_checkpoint(saved, mapped=mapped)
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:

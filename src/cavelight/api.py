@@ -47,19 +47,22 @@ def load(
     *,
     without_mtp: bool = False,
     packed: bool | None = None,
+    mapped: bool | None = None,
     revision: str | None = None,
 ) -> tuple[Transformer, Tokenizer]:
     """The model and tokenizer of a Hugging Face directory (DeepSeek-V2 or -V3 layout), or of a run of `train`.
 
     path: a folder, or owner/name of a model on the Hugging Face hub, which is downloaded once; revision: its branch,
     tag or commit. dtype: of the weights; the checkpoint's own unless given. packed: keep packed matrices as they are
-    stored, for running only; unless told, int8 and int4 are kept and block-fp8 is unpacked (for both see
+    stored, for running only; unless told, int8 and int4 are kept and block-fp8 is unpacked. mapped: False reads the
+    weights into memory, instead of leaving them in their files where processes share them (for all three see
     weights.snapshot.read_checkpoint). without_mtp: leave the prediction modules out; needed where the configuration
     announces some that the files lack, as what transformers saves does.
     Raises UserError for anything missing, left over or broken.
     """
     folder = checkpoint_folder(local_folder(path, revision))
-    return read_checkpoint(folder, dtype, without_mtp=without_mtp, packed=packed), Tokenizer.load(folder)
+    model = read_checkpoint(folder, dtype, without_mtp=without_mtp, packed=packed, mapped=mapped)
+    return model, Tokenizer.load(folder)
 
 
 def save(model: Transformer, tokenizer: Tokenizer, path: str | Path, *, shift_biases: bool | None = None) -> None:

@@ -325,7 +325,10 @@ def convert(
     scale_fmt: Annotated[str, typer.Option(help="Scales of fp8: float32, or ue8m0 for powers of two.")] = "float32",
     group: Annotated[int, typer.Option(metavar="N", help="Weights that share a scale in int4.")] = 32,
     without_mtp: WithoutMTP = False,
-    shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Largest file, as in 500MB or 4GiB.")] = "4GiB",
+    shard_size: Annotated[
+        str,
+        typer.Option(metavar="SIZE", help="Largest file, as in 500MB or 4GiB, where one matrix of all experts fits."),
+    ] = "4GiB",
     as_json: Json = False,
 ) -> None:
     """Write a checkpoint in another format, in little memory. Interrupted, the same command goes on."""

@@ -1,14 +1,16 @@
 """Safetensors on disk: one file, or shards with an index as Hugging Face lays them out.
 
-What headers say is checked in headers.py. Tensors are read, not mapped: mapped pages count as memory in use, and one
-that lies past the end of a file which became shorter kills the process.
+What headers say is checked in headers.py. Tensors are read into memory, or seen in their file's own pages.
 """
 
 import json
+import mmap
 import os
+import re
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,9 @@ from cavelight.weights.headers import CODES, INDEX, SINGLE, Entry, abbreviated, 
 
 __all__ = ["INDEX", "SINGLE", "Entry", "Safetensors", "Shard", "abbreviated", "index_of", "layout", "write_safetensors"]
 
+SWITCH = "CAVELIGHT_MAPPED"  # 0: weights to run are read, not mapped
 SHARD_BYTES = 4 * 2**30
+EXPERT = re.compile(r"(.*\.experts)\.\d+(\.\w+)\..*")  # a tensor of one expert
 PIECE = 2**26  # bytes read at a time: Ctrl-C is heard between two pieces
 
 
@@ -28,12 +32,14 @@ class Safetensors:
     """The tensors of a checkpoint folder: all headers are read and checked at once, the tensors when asked for.
 
     `entries` maps names to what the headers say. Raises UserError for whatever is missing, cut short, doubled or
-    contradictory, when made or when read. Holds no file open, and may be shared between threads.
+    contradictory, when made or when read. May be shared between threads. Holds no file open but those
+    that `mapped` maps.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.entries: dict[str, Entry] = read_headers(folder)
+        self._mappings: dict[Path, mmap.mmap | None] = {}
 
     def tensor(self, name: str) -> Tensor:
         """The tensor, in memory of its own."""
@@ -46,6 +52,37 @@ class Safetensors:
         assert 0 <= start <= stop <= entry.shape[0], (name, entry.shape, start, stop)
         row_bytes = entry.nbytes // max(1, entry.shape[0])
         return self._read(entry, start * row_bytes, (stop - start, *entry.shape[1:]))
+
+    def mapped(self, names: Sequence[str]) -> Tensor | None:
+        """Tensors of one shape as one, [number of names, *shape]: a view of their file.
+
+        None where they do not lie one behind the other in one file, lie askew, are empty, or cannot be mapped. The file
+        is never written to: who writes to the view gets pages of his own. It is the file that was opened, renamed or
+        deleted as it may be; if it is cut short, touching what is gone ends the process.
+        """
+        first, *others = (self.entries[name] for name in names)
+        for number, entry in enumerate(others, 1):
+            follows = (entry.file, entry.start) == (first.file, first.start + number * first.nbytes)
+            if not follows or (entry.dtype, entry.shape) != (first.dtype, first.shape):
+                return None
+        count, size = len(names) * first.size, first.dtype.itemsize
+        mapping = None if not count or first.start % size else self._mapping(first.file)
+        if mapping is None:
+            return None
+        if len(mapping) < first.start + count * size:  # it was longer when its header was read
+            raise cut_short(first.file, len(mapping), first.start + count * size)
+        # A tensor for itself, not a part of one for the whole file: who saves or copies one does not take all along.
+        flat = torch.frombuffer(mapping, dtype=first.dtype, count=count, offset=first.start)
+        return flat.view(len(names), *first.shape)
+
+    def _mapping(self, file: Path) -> mmap.mmap | None:
+        if file not in self._mappings:
+            with opened(file) as handle:
+                try:
+                    self._mappings[file] = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_COPY)
+                except (OSError, ValueError):  # its file system cannot, or it is empty by now, which reading tells
+                    self._mappings[file] = None
+        return self._mappings[file]
 
     def _read(self, entry: Entry, skipped: int, shape: tuple[int, ...]) -> Tensor:
         """`shape` elements of a tensor, from the byte after the `skipped` ones on."""
@@ -81,15 +118,20 @@ class Shard:
 
 
 def layout(entries: Sequence[Entry], shard_bytes: int = SHARD_BYTES) -> tuple[Shard, ...]:
-    """One file, or shards of at most `shard_bytes` of tensors each; a tensor larger than that has a shard to itself."""
+    """One file, or shards of at most `shard_bytes` of tensors each; what is larger has a shard to itself.
+
+    That may be a tensor, or one matrix of all experts of a layer: they lie one behind the other, to be mapped as one.
+    """
     groups: list[list[Entry]] = [[]]
     size = 0
-    for entry in entries:
-        if groups[-1] and size + entry.nbytes > shard_bytes:
+    for _, together in groupby(entries, key=lambda entry: EXPERT.sub(r"\1\2", entry.name)):
+        some = list(together)
+        nbytes = sum(entry.nbytes for entry in some)
+        if groups[-1] and size + nbytes > shard_bytes:
             groups.append([])
             size = 0
-        groups[-1].append(entry)
-        size += entry.nbytes
+        groups[-1] += some
+        size += nbytes
     count = len(groups)
     if count == 1:
         return (_shard(SINGLE, groups[0]),)
@@ -97,7 +139,8 @@ def layout(entries: Sequence[Entry], shard_bytes: int = SHARD_BYTES) -> tuple[Sh
 
 
 def _shard(file: str, group: Sequence[Entry]) -> Shard:
-    group = sorted(group, key=lambda entry: -entry.dtype.itemsize)  # wide ones first keeps every tensor aligned
+    # Wide ones first keeps every tensor aligned; each kind for itself, the words of a layer's experts side by side.
+    group = sorted(group, key=lambda entry: (-entry.dtype.itemsize, CODES[entry.dtype]))
     described: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offsets, end = {}, 0
     for entry in group:

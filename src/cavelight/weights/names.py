@@ -131,6 +131,15 @@ def _hf_name(name: str, config: ModelConfig) -> str:
     return f"model.layers.{config.num_hidden_layers + int(module)}.{rest}"
 
 
+def by_parameter(tensors: Iterable[HFTensor]) -> dict[str, list[HFTensor]]:
+    """The tensors of each of our parameters, experts in their order; without copies, and what two share a tensor of."""
+    found: dict[str, list[HFTensor]] = {}
+    for tensor in tensors:
+        if len(tensor.parts) == 1 and not tensor.is_copy:
+            found.setdefault(tensor.parts[0].name, []).append(tensor)
+    return found
+
+
 def is_mtp(name: str, config: ModelConfig) -> bool:
     """Whether a checkpoint's tensor belongs to an MTP module: to a layer past the last."""
     layer = re.match(r"model\.layers\.(\d+)\.", name)

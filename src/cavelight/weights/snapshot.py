@@ -5,6 +5,7 @@ Reading is strict: every tensor is accounted for, none is skipped silently. Writ
 
 import json
 import os
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,8 +18,8 @@ from cavelight.errors import UserError
 from cavelight.model.transformer import Transformer
 from cavelight.spec.shapes import parameters
 from cavelight.weights.bias import for_export
-from cavelight.weights.files import SHARD_BYTES, Entry, abbreviated, write_safetensors
-from cavelight.weights.names import check_fit, hf_tensors, is_mtp
+from cavelight.weights.files import SHARD_BYTES, SWITCH, Entry, abbreviated, write_safetensors
+from cavelight.weights.names import HFTensor, by_parameter, check_fit, hf_tensors, is_mtp
 from cavelight.weights.stored import Checkpoint
 from cavelight.weights.swap import is_packed, swap
 
@@ -55,6 +56,7 @@ def read_checkpoint(
     check_finite: bool = True,
     without_mtp: bool = False,
     packed: bool | None = None,
+    mapped: bool | None = None,
 ) -> Transformer:
     """Build the model of a checkpoint folder, written by us, released, or saved with transformers.
 
@@ -62,11 +64,14 @@ def read_checkpoint(
     else, and float32 otherwise, which loses nothing. Routing biases are float32 in any case. check_finite: refuse NaN
     and infinity. without_mtp: leave the MTP modules out, whether or not the checkpoint holds them. packed: keep packed
     matrices as they are stored, for running only (see weights.swap); unless told, integers are kept, which is what they
-    are for, and block-fp8 is unpacked, which can then be trained and saved.
+    are for, and block-fp8 is unpacked, which can then be trained and saved. mapped: weights that lie in their files as
+    they are wanted stay there, and processes share them (see weights.files.Safetensors.mapped); False reads them into
+    memory, as does CAVELIGHT_MAPPED=0 in the environment unless told.
 
     Raises UserError for files that are missing or broken, for any missing, left-over or misshapen tensor, for MTP
     modules that the configuration announces and the files lack (or the reverse), and for weights that are not finite.
     """
+    mapped = os.environ.get(SWITCH) != "0" if mapped is None else mapped
     checkpoint = Checkpoint(Path(path))
     config = checkpoint.config
     if without_mtp:
@@ -80,20 +85,24 @@ def read_checkpoint(
         dtype = torch.bfloat16 if stored == {torch.bfloat16} else torch.float32
     model = Transformer(config, dtype, device=torch.device("meta"))
     keep = checkpoint.format.kind == "int" if packed is None else packed
-    gone = swap(model, checkpoint, wanted) if keep else set()
-    ours = {
-        p.name: torch.empty(p.shape, dtype=dtype if p.dtype == "model" else torch.float32)
+    gone = swap(model, checkpoint, wanted, mapped) if keep else set()
+    dtypes = {"model": dtype, "float32": torch.float32}
+    lying = _lying(checkpoint, wanted, dtypes) if mapped else {}
+    ours = lying | {
+        p.name: torch.empty(p.shape, dtype=dtypes[p.dtype])
         for p in parameters(config)
-        if p.name not in gone
+        if p.name not in gone | lying.keys()
     }
     for tensor in wanted:
         if tensor.parts[0].name in gone and (checkpoint.format.kind == "int" or not check_finite):
             continue  # integers are finite if their scales are, which is checked when they are read
-        # In the wanted dtype before it is checked: float16 makes infinities of what it cannot hold.
-        theirs = checkpoint.tensor(tensor.name, dtype if tensor.dtype == "model" else torch.float32)
+        if tensor.parts[0].name in lying and not tensor.is_copy:
+            theirs = tensor.pack(ours)
+        else:  # in the wanted dtype before it is checked: float16 makes infinities of what it cannot hold
+            theirs = checkpoint.tensor(tensor.name, dtypes[tensor.dtype])
         if check_finite:
             _check_finite(tensor.name, theirs)
-        if tensor.parts[0].name not in gone:
+        if tensor.is_copy or tensor.parts[0].name not in gone | lying.keys():
             tensor.unpack(theirs, ours)
     missing, unexpected = model.load_state_dict(ours, strict=False, assign=True)
     assert not unexpected and not any(tensor.is_meta for tensor in model.state_dict().values()), missing
@@ -144,6 +153,19 @@ def write_checkpoint(
         write_safetensors(folder, entries, packed, shard_bytes)
         if tokenizer is not None:
             tokenizer.save(folder)
+
+
+def _lying(checkpoint: Checkpoint, wanted: Sequence[HFTensor], dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
+    """Views of the parameters that lie in a file as they are wanted, a layer's experts one behind the other."""
+    found = {}
+    for name, tensors in by_parameter(wanted).items():
+        stored, parameter = [tensor.name for tensor in tensors], tensors[0].parts[0]
+        if any(map(checkpoint.is_packed, stored)) or checkpoint.dtype(stored[0]) != dtypes[parameter.dtype]:
+            continue
+        view = checkpoint.files.mapped(stored)
+        if view is not None:
+            found[name] = view.view(parameter.shape)
+    return found
 
 
 def _check_finite(name: str, tensor: Tensor) -> None:

@@ -6,7 +6,7 @@ plain inside an fp8 checkpoint, and a checkpoint of integers may have packed its
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +112,29 @@ class Checkpoint:
             }
         _check_scale(scale, next(stored[suffix] for suffix in stored if parts[suffix] == scale))
         return stored
+
+    def packed_stack(self, names: Sequence[str], mapped: bool) -> dict[str, Tensor]:
+        """Packed matrices of one shape and the same dtypes as one, [number of names, O, ...], by suffix but the shape.
+
+        mapped: as they lie in their file, where they do (see weights.files.Safetensors.mapped). Raises UserError for
+        scales that are not finite and positive.
+        """
+        stacks = {}
+        for suffix in (
+            ("weight_packed", "weight_scale") if self.format.kind == "int" else ("weight", "weight_scale_inv")
+        ):
+            stored = [self._parts[name][suffix] for name in names]
+            view = self.files.mapped(stored) if mapped else None
+            if view is None:
+                entry = self._entry(stored[0])
+                view = torch.empty(len(stored), *entry.shape, dtype=entry.dtype)
+                for number, name in enumerate(stored):
+                    view[number] = self.files.tensor(name)
+            if suffix.startswith("weight_scale"):
+                for name, scale in zip(stored, view, strict=True):
+                    _check_scale(name, scale)
+            stacks[suffix] = view
+        return stacks
 
     def blocks(
         self, name: str, limit_bytes: int = LIMIT_BYTES, dtype: torch.dtype | None = None

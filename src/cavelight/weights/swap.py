@@ -18,7 +18,7 @@ from cavelight.kernels import experts, native
 from cavelight.model.transformer import Transformer
 from cavelight.spec.formats import PACKED_ROLES, Format
 from cavelight.spec.shapes import parameters
-from cavelight.weights.names import HFTensor
+from cavelight.weights.names import HFTensor, by_parameter
 from cavelight.weights.quant import tiles_of, unpack, unpack_tile
 from cavelight.weights.stored import Checkpoint
 
@@ -107,26 +107,31 @@ def is_packed(model: nn.Module) -> bool:
     return any(isinstance(module, Packed) for module in model.modules())
 
 
-def swap(model: Transformer, checkpoint: Checkpoint, wanted: Sequence[HFTensor]) -> set[str]:
+def swap(model: Transformer, checkpoint: Checkpoint, wanted: Sequence[HFTensor], mapped: bool = False) -> set[str]:
     """Exchange what can be run from packed weights, and fill it from the checkpoint's tensors, `wanted`.
 
-    Returns the names of the parameters that went. A stack of experts stays plain if only some of it is packed, and so
-    do the two up-projections of latent attention, which are no Linears.
+    mapped: as they lie in their files, where they do. Returns the names of the parameters that went. A stack of experts
+    stays plain if only some of it is packed, and so do the two up-projections of latent attention, which are no
+    Linears.
     """
     packed = _packed_alike(checkpoint, wanted)
     table = {p.name: p for p in parameters(model.config) if p.name in packed and p.role in PACKED_ROLES}
     gone = set()
+
+    def matrices(name: str) -> dict[str, Tensor]:
+        return checkpoint.packed_stack([tensor.name for tensor in packed[name]], mapped)
+
     for name, p in table.items():
         module, _, last = name.rpartition(".")
         stacks = [f"{module}.{stack}" for stack in STACKS] if p.role == "expert" else [name]
         if last not in ("weight", STACKS[0]) or not table.keys() >= set(stacks):
             continue
         if p.role == "expert":
-            parts = {stack.rpartition(".")[2]: _stacked(checkpoint, packed[stack]) for stack in stacks}
+            parts = {stack.rpartition(".")[2]: matrices(stack) for stack in stacks}
             _exchange(model, module, PackedExperts(parts, checkpoint.format, p.shape[2], p.shape[1]))
         else:
-            rows = checkpoint.packed_rows(packed[name][0].name, 0, p.shape[0])
-            _exchange(model, module, PackedLinear(rows, checkpoint.format, (p.shape[0], p.shape[1])))
+            alone = {suffix: part[0] for suffix, part in matrices(name).items()}
+            _exchange(model, module, PackedLinear(alone, checkpoint.format, (p.shape[0], p.shape[1])))
         gone |= set(stacks)
     if gone:
         model.requires_grad_(False)
@@ -139,28 +144,11 @@ def _packed_alike(checkpoint: Checkpoint, tensors: Sequence[HFTensor]) -> dict[s
     def dtypes(tensor: HFTensor) -> tuple[torch.dtype, ...]:
         return tuple(checkpoint.files.entries[part].dtype for part in checkpoint.parts(tensor.name).values())
 
-    of_parameter: dict[str, list[HFTensor]] = {}
-    for tensor in tensors:
-        if len(tensor.parts) == 1 and not tensor.is_copy:
-            of_parameter.setdefault(tensor.parts[0].name, []).append(tensor)
     return {
         name: parts
-        for name, parts in of_parameter.items()
+        for name, parts in by_parameter(tensors).items()
         if all(checkpoint.is_packed(tensor.name) for tensor in parts) and len({dtypes(tensor) for tensor in parts}) == 1
     }
-
-
-def _stacked(checkpoint: Checkpoint, tensors: Sequence[HFTensor]) -> dict[str, Tensor]:
-    """The parts of all experts' matrices, one behind the other, each put into its place as it is read."""
-    stacks: dict[str, Tensor] = {}
-    for expert, tensor in enumerate(tensors):
-        parts = checkpoint.packed_rows(tensor.name, 0, tensor.shape[0])
-        parts.pop("weight_shape", None)
-        for suffix, part in parts.items():
-            if suffix not in stacks:
-                stacks[suffix] = part.new_empty(len(tensors), *part.shape)
-            stacks[suffix][expert] = part
-    return stacks
 
 
 def _exchange(model: nn.Module, name: str, module: nn.Module) -> None:

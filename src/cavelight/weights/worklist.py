@@ -18,7 +18,7 @@ from cavelight.weights.headers import CODES, DTYPES, Entry
 from cavelight.weights.names import DERIVED, HFTensor, check_fit, hf_tensors, is_mtp
 from cavelight.weights.stored import ROWS, Checkpoint
 
-WRITER = 2  # another number where the same task would give other bytes
+WRITER = 3  # another number where the same task would give other bytes
 BLOCK_BYTES = 16 * 2**20  # of a block of rows in float32; packing one takes several times that
 
 Rule = Literal["copied", "cast", "quantised", "requantised", "unquantised", "bias shifted", "MTP copy added"]
