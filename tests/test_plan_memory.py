@@ -35,6 +35,7 @@ from cavelight.spec.presets import preset
 from cavelight.spec.sections import TrainSection
 from cavelight.spec.shapes import parameters
 from cavelight.train import evaluate
+from cavelight.train.adamw import AdamW
 from cavelight.train.loss import Weights, losses
 from cavelight.train.optim import Optimizer, initialise
 
@@ -335,6 +336,15 @@ def test_an_update_widens_the_moments_of_one_parameter() -> None:
     assert narrow["activations and gradients"] == 4 * elements + 8 * largest > wide["activations and gradients"]
     many = (training_here(config, row=4096, rows=16, moments=m).parts for m in ("float32", "bfloat16"))
     assert len({parts["activations and gradients"] for parts in many}) == 1
+
+
+def test_an_update_allocates_two_wide_moments_of_one_parameter() -> None:
+    parameters = [torch.nn.Parameter(torch.ones(1 << 16)) for _ in range(4)]
+    adamw = AdamW([parameters], (0.9, 0.95), torch.bfloat16)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    _, most = allocated(lambda: adamw.step([0.1], [0.0]))
+    assert most == pytest.approx(8 << 16, rel=0.05)
 
 
 @given(prompt=st.integers(1, 3000), new=st.integers(1, 1000), more=st.integers(1, 500))
