@@ -272,3 +272,15 @@ def test_an_expert_that_nobody_chose_gets_no_gradient() -> None:
     grads = torch.autograd.grad(experts.grouped(x, ids, weights, *leaves).sum(), leaves)
     for grad in grads:
         assert not grad[[2, 4]].any() and grad[[0, 1, 3]].any()
+
+
+def test_the_heads_gradient_is_summed_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sum of halves in bfloat16 would stand still at 128."""
+    monkeypatch.setattr(cross_entropy, "LOGITS_AT_ONCE", 1)
+    monkeypatch.setattr(cross_entropy, "FEWEST_TOKENS", 1)
+    weight = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
+    loss = cross_entropy.linear(
+        torch.ones(1024, 1, dtype=torch.bfloat16), weight, torch.zeros(1024, dtype=torch.int64), ignore=-1
+    )
+    (gradient,) = torch.autograd.grad(loss, weight)
+    assert gradient.tolist() == [[-512.0], [512.0]]

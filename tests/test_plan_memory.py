@@ -35,8 +35,10 @@ from cavelight.spec.presets import preset
 from cavelight.spec.sections import TrainSection
 from cavelight.spec.shapes import parameters
 from cavelight.train import evaluate
+from cavelight.train.adamw import AdamW
 from cavelight.train.loss import Weights, losses
 from cavelight.train.optim import Optimizer, initialise
+from cavelight.train.step import train_step
 
 V3, NANO = preset("deepseek-v3"), preset("nano")
 REPORT = Layout.of("dp=128,ep=64,pp=16,zero=1,recompute=selective,schedule=dualpipe")
@@ -335,6 +337,25 @@ def test_an_update_widens_the_moments_of_one_parameter() -> None:
     assert narrow["activations and gradients"] == 4 * elements + 8 * largest > wide["activations and gradients"]
     many = (training_here(config, row=4096, rows=16, moments=m).parts for m in ("float32", "bfloat16"))
     assert len({parts["activations and gradients"] for parts in many}) == 1
+
+
+def test_micro_batches_leave_nothing_but_their_sum() -> None:
+    config, rows, row = WAYS["large vocabulary, few tokens"]
+    model, recipe = Transformer(config, torch.float32), TrainSection()
+    initialise(model, 0.02, seed=0)
+    optimizer, batches = Optimizer(model, recipe), [batch_of(config, rows, row)] * 3
+    _, most = allocated(lambda: train_step(model, optimizer, batches, recipe, 0, 0.0))
+    summed = 4 * cost.total_parameters(config)
+    assert most == pytest.approx(summed + walk(sections(config, rows, row, "float32")), rel=0.05)
+
+
+def test_an_update_allocates_two_wide_moments_of_one_parameter() -> None:
+    parameters = [torch.nn.Parameter(torch.ones(1 << 16)) for _ in range(4)]
+    adamw = AdamW([parameters], (0.9, 0.95), torch.bfloat16)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    _, most = allocated(lambda: adamw.step([0.1], [0.0]))
+    assert most == pytest.approx(8 << 16, rel=0.05)
 
 
 @given(prompt=st.integers(1, 3000), new=st.integers(1, 1000), more=st.integers(1, 500))

@@ -1,11 +1,14 @@
 """Recomputation changes what is kept between the passes, and nothing else."""
 
+from collections import Counter
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cavelight.model.ports import GroupedDispatch, PackedAttend
 from cavelight.model.transformer import Transformer
@@ -68,6 +71,18 @@ def kept_bytes(config: ModelConfig, how: Recompute) -> int:
     return kept
 
 
+class Counted(TorchDispatchMode):
+    """Counts the operations that are computed within."""
+
+    def __init__(self, counts: Counter[str]) -> None:
+        super().__init__()
+        self.counts = counts
+
+    def __torch_dispatch__(self, operation: Any, types: Any, given: Any = (), named: Any = None) -> Any:
+        self.counts[str(operation)] += 1
+        return operation(*given, **(named or {}))
+
+
 @pytest.mark.parametrize("fp8", [False, True], ids=["", "fp8"])
 @by_config
 @by_way
@@ -84,6 +99,31 @@ def test_less_is_kept() -> None:
     layers_input = 4 * 256 * config.hidden_size * config.num_hidden_layers
     assert full < 0.3 * none and selective < 0.8 * none
     assert full < 3 * layers_input
+
+
+def computed(config: ModelConfig, how: Recompute, fp8: bool = False) -> Counter[str]:
+    """How often each operation is, on the way there and back."""
+    model, batch = model_of(config, how, fp8), our_batch(rows_of(config), config, across=True)
+    counts = Counter[str]()
+    with Counted(counts):
+        total = losses(model, batch, WEIGHTS).total(WEIGHTS)
+        torch.autograd.grad(total, list(model.parameters()))
+    return counts
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_attention_and_down_projections_are_computed_once(compressed: bool) -> None:
+    """By `selective`, and the products inside SwiGLU twice."""
+    layers = 3
+    config = tiny(num_hidden_layers=layers, first_k_dense_replace=layers)
+    config = config if compressed else config.replace(q_lora_rank=None)
+    none, selective, full = (computed(config, how) for how in ("none", "selective", "full"))
+    attention, product = "aten._scaled_dot_product_flash_attention_for_cpu.default", "aten.mm.default"
+    assert none[attention] == selective[attention] == full[attention] / 2
+    again = 2 * none[attention] + layers * compressed  # keys, values and compressed queries go up
+    assert selective[product] - none[product] == again
+    silus = [computed(config, how, fp8=True)["aten.silu.default"] for how in ("none", "selective")]
+    assert silus == [layers, 2 * layers]
 
 
 def test_recomputing_keeps_parameters_and_their_names() -> None:
