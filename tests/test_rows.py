@@ -19,7 +19,7 @@ from cavelight.run.sample import Sampling
 from cavelight.spec.presets import preset
 from cavelight.spec.variants import with_plain_attention
 
-from .native_views import native_view
+from .native_views import native_view, plain_only
 from .run_models import drafting_model, random_model, small_config
 
 SIZES = [(16, 4), (128, 64), (144, 8), (512, 64)]
@@ -110,6 +110,24 @@ def test_drafts_and_company_change_nothing(sampling: Sampling) -> None:
     engine.run()
     assert [generation.tokens for generation in made] == alone
     assert engine.totals.preempted > 0
+
+
+@pytest.mark.parametrize("number", [0, 5, 15, 17])
+def test_no_number_in_a_row_is_heard(number: int) -> None:
+    """Of a latent (16) or a rotary key, natively and plainly."""
+    config = small_config()
+    model = random_model(config)
+    attention = model.model.layers[0].self_attn
+    with torch.no_grad():
+        if number < 16:
+            attention.get_parameter("kv_a_layernorm.weight")[number] = torch.nan
+        else:
+            attention.get_parameter("kv_a_proj_with_mqa.weight")[number] = torch.nan
+    native_view(model)
+    with pytest.raises(UserError, match="NaN"):
+        list(TokenStream(model, [1, 2, 3], cache="int8"))
+    with plain_only(), pytest.raises(UserError, match="NaN"):
+        list(TokenStream(model, [1, 2, 3], cache="int8"))
 
 
 def test_the_same_memory_holds_more() -> None:

@@ -49,7 +49,8 @@ inline void Past::put(const Span &span, int64_t position, const float *row) cons
     for (int64_t first = 0; first < C; first += GROUP) {
         const int64_t last = std::min(first + GROUP, C);
         float largest = 0;
-        for (int64_t i = first; i < last; i++) largest = !(std::fabs(row[i]) <= largest) ? std::fabs(row[i]) : largest;
+        for (int64_t i = first; i < last; i++)
+            if (!(std::fabs(row[i]) <= largest) && largest == largest) largest = std::fabs(row[i]);  // NaN stays
         const float scale = largest / 127.0f;
         std::memcpy(to + C + first / GROUP * 4, &scale, 4);
         for (int64_t i = first; i < last; i++) to[i] = scale > 0 ? int8_t(std::nearbyint(row[i] / scale)) : 0;
