@@ -279,7 +279,8 @@ Tokens a second (and the share of what could be read in the time), in one proces
 {rows(decoding)}
 
 Transparent huge pages of this system: `{transparent()}`; what is read has small ones here unless it asks.
-Load of the machine when it began: {busy:.1f}.
+Load of the machine when it began: {busy:.1f}. Where that is above 1, others
+took part in all times here, and the ratios of decoding say nothing: repeat it on an idle machine.
 
 Command: `{shlex.join(["python", "-m", "bench.loading", *called])}`{"  "}
 Commit: {commit()}{"  "}
