@@ -218,3 +218,10 @@ def test_a_mask_binds_what_is_guessed(sampling: Sampling) -> None:
         chooser = Chooser(sampling, lambda tokens, allowed=allowed: torch.arange(3) == allowed)
         assert chooser.guess(logits_V, []) == allowed
     assert Chooser(sampling, lambda tokens: torch.zeros(3, dtype=torch.bool)).guess(logits_V, []) is None
+
+
+def test_a_guess_is_drawn_with_the_noise_of_its_position() -> None:
+    """So a module that guesses the trunk's probabilities draws the trunk's token."""
+    for seed in range(20):
+        chooser, line = Chooser(Sampling(temperature=1.0, seed=seed)), list(range(seed))
+        assert chooser.guess(some_logits(seed), line) == chooser.tokens(some_logits(seed)[None], line, [])[0][0]
