@@ -212,6 +212,24 @@ def test_sampled_output_keeps_its_distribution_in_company() -> None:
     assert sum(sum(generation.stats.accepted) for generations in made for generation in generations) > 100
 
 
+@pytest.mark.parametrize("drafts", [0, 3])
+def test_log_probabilities_are_the_models_own(drafts: int) -> None:
+    """Whatever filters, masks and drafts there are."""
+    model, engine = model_of(2), engine_of(model_of(2))
+    sampling = Sampling(temperature=0.6, top_k=3, repetition_penalty=1.5, seed=2)
+    asked = {"sampling": sampling, "drafts": drafts, "allowed": other_parity}
+    made = [engine.submit(Request([3, 1, 4], 12, likeliest=likeliest, **asked))[0] for likeliest in (4, 0)]
+    engine.run()
+    assert drafts == 0 or sum(made[0].stats.accepted)
+    log_p_TV = model.logits(torch.tensor([3, 1, 4, *made[0].tokens])).detach().log_softmax(dim=-1)[2:-1]
+    for report, token, log_p_V in zip(made[0].logprobs, made[0].tokens, log_p_TV, strict=True):
+        top = log_p_V.topk(4)
+        assert (report.token, report.logprob) == (token, pytest.approx(float(log_p_V[token]), abs=1e-6))
+        assert [id for id, _ in report.likeliest] == top.indices.tolist()
+        assert [logprob for _, logprob in report.likeliest] == pytest.approx(top.values.tolist(), abs=1e-6)
+    assert [report.likeliest for report in made[1].logprobs] == [[]] * 12
+
+
 def test_samples_of_a_seed_are_the_same_again_and_differ_from_one_another() -> None:
     request = Request([3, 1, 4], 12, Sampling(temperature=1.0, seed=7), samples=3)
     outputs = []

@@ -18,7 +18,7 @@ from cavelight.model.transformer import Transformer
 from cavelight.run import generate
 from cavelight.run.generate import TRIED, TokenStream, generate_tokens
 from cavelight.run.sample import Sampling
-from cavelight.run.stats import WINDOW, Stats
+from cavelight.run.stats import RECENT, WINDOW, Stats
 from cavelight.run.text import StopStrings, TextStream, generate_text
 
 from .run_models import TableModel, drafting_model, random_model, small_config
@@ -235,6 +235,25 @@ def test_no_clock_decides_what_a_seed_says(dtype: torch.dtype, natively: bool, r
 
 
 # Statistics
+
+
+def test_it_is_the_last_rounds_and_steps_that_are_judged() -> None:
+    """Drafts that were good once, or steps that were quick while the context was short, say little about now."""
+    stats = Stats(prompt_tokens=1, round_tokens=[4] * 100 + [1] * WINDOW)
+    assert (
+        not stats.judge(1.5)
+        and stats.off == "after 116 rounds: 1.00 tokens a round, which costs as much as 1.50 plain steps"
+    )
+    stats.plain_seconds, stats.round_seconds = [1.0] * 9 + [4.0] * RECENT, [2.0] * 9 + [8.0] * WINDOW
+    assert stats.measured_cost() == 2
+
+
+def test_no_more_drafts_are_made_than_may_be_kept() -> None:
+    stream, most = TokenStream(MODEL, PROMPT, max_new_tokens=9, drafts=3), 0
+    for _ in stream:
+        assert len(stream.drafts) <= max(0, 9 - stream.stats.new_tokens - 1)
+        most = max(most, len(stream.drafts))
+    assert most == 3
 
 
 def test_statistics_add_up() -> None:

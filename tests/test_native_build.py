@@ -17,6 +17,7 @@ from cavelight.kernels import native
 from cavelight.kernels.native import build
 from cavelight.kernels.native.build import Build
 from cavelight.run import quick as quick_module
+from cavelight.run.engine import Engine
 from cavelight.run.generate import TokenStream
 
 from .run_models import random_model, small_config
@@ -238,6 +239,13 @@ def test_a_cold_start_answers_and_switches_on_the_way(slow: threading.Event, dra
     assert tokens == list(TokenStream(model, prompt, max_new_tokens=60, drafts=drafts))
     build_of.loaded, build_of.reason = None, "a test is without"
     assert tokens == list(TokenStream(model, prompt, max_new_tokens=60, drafts=drafts))
+
+
+def test_an_invariant_engine_waits_for_it(slow: threading.Event) -> None:
+    """Half by one way and half by another would not be the same to the bit."""
+    threading.Timer(0.2, slow.set).start()
+    Engine(random_model(small_config()), memory=1 << 20, invariant=True)
+    assert quick_module.BUILD.loaded is not None
 
 
 def test_the_library_that_tests_run_with_is_built() -> None:

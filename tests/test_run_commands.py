@@ -5,8 +5,8 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -178,18 +178,19 @@ def test_ctrl_c_and_errors_keep_what_json_had(checkpoint: Path, monkeypatch: pyt
 
 
 def stopped(arguments: Sequence[str], until: str) -> "subprocess.CompletedProcess[str]":
-    """The command, sent Ctrl-C once `until` is in what it says."""
-    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL)
-    assert process.stdout is not None
-    os.set_blocking(process.stdout.fileno(), False)
-    said, ends = b"", time.monotonic() + 60
-    while until.encode() not in said and process.poll() is None and time.monotonic() < ends:
-        said += process.stdout.read() or b""
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    os.set_blocking(process.stdout.fileno(), True)
-    rest, errors = process.communicate(timeout=60)
-    return subprocess.CompletedProcess(arguments, process.returncode, (said + rest).decode(), errors.decode())
+    """The command, sent Ctrl-C once a line with `until` in it is there; again if it does not listen."""
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        said = ""
+        while until not in said and (line := process.stdout.readline()):
+            said += line
+        for _ in range(5):
+            process.send_signal(signal.SIGINT)
+            with suppress(subprocess.TimeoutExpired):
+                rest, errors = process.communicate(timeout=30)
+                return subprocess.CompletedProcess(arguments, process.returncode, said + rest, errors)
+        process.kill()
+    raise AssertionError(f"it does not stop after {said}")
 
 
 def test_ctrl_c_in_the_middle_of_a_measurement(checkpoint: Path, tmp_path: Path) -> None:

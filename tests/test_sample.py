@@ -207,3 +207,21 @@ def test_all_mistakes_are_named_at_once() -> None:
 def test_nan_is_the_models_fault_and_said_so(bad: float, sampling: Sampling) -> None:
     with pytest.raises(UserError, match="produced NaN"):
         distribution(torch.tensor([0.0, bad, 1.0]), [], sampling)
+
+
+@pytest.mark.parametrize(
+    "sampling", [Sampling(), Sampling(temperature=1.0, top_k=1, seed=3)], ids=["greedy", "sampled"]
+)
+def test_a_mask_binds_what_is_guessed(sampling: Sampling) -> None:
+    logits_V = torch.tensor([3.0, 2.0, 1.0])
+    for allowed in range(3):
+        chooser = Chooser(sampling, lambda tokens, allowed=allowed: torch.arange(3) == allowed)
+        assert chooser.guess(logits_V, []) == allowed
+    assert Chooser(sampling, lambda tokens: torch.zeros(3, dtype=torch.bool)).guess(logits_V, []) is None
+
+
+def test_a_guess_is_drawn_with_the_noise_of_its_position() -> None:
+    """So a module that guesses the trunk's probabilities draws the trunk's token."""
+    for seed in range(20):
+        chooser, line = Chooser(Sampling(temperature=1.0, seed=seed)), list(range(seed))
+        assert chooser.guess(some_logits(seed), line) == chooser.tokens(some_logits(seed)[None], line, [])[0][0]

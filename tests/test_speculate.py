@@ -18,6 +18,7 @@ from cavelight.run.sample import Sampling, distribution
 from cavelight.run.speculate import Drafter, Wish, cost_of_round
 from cavelight.spec.config import ModelConfig
 from cavelight.spec.presets import preset
+from cavelight.spec.shapes import parameters
 
 from .chance import COMMON, SURELY_NOT, chi_square_of
 from .run_models import TableModel, drafting_model, random_model, small_config, some_prompts
@@ -411,3 +412,21 @@ def test_a_rounds_cost_is_counted_from_the_table() -> None:
     module, head = 3 * D + 2 * D * D + per_layer, V * D
     assert cost_of_round(dense, 1) == pytest.approx(1 + (module + head) / (3 * per_layer + D + head))
     assert cost_of_round(dense, 3) == pytest.approx(1 + 3 * (module + head) / (3 * per_layer + D + head))
+
+
+def test_a_round_meets_more_experts_than_a_step() -> None:
+    config = preset("nano")
+    share = config.num_experts_per_tok / config.n_routed_experts
+    sizes = {(mtp, role): 0 for mtp in (False, True) for role in ("expert", "other", "head")}
+    for p in parameters(config):
+        if p.role != "embedding":
+            role = p.role if p.role in ("expert", "head") else "other"
+            sizes[p.name.startswith("mtp."), role] += p.size
+
+    def read(mtp: bool, tokens: int) -> float:
+        head = sizes[False, "head"]
+        return sizes[mtp, "other"] + head + sizes[mtp, "expert"] * (1 - (1 - share) ** tokens)
+
+    for drafts, again in ((1, 0), (3, 2)):  # the module's later drafts go through one by one
+        expected = (read(False, drafts + 1) + read(True, drafts + 1) + again * read(True, 1)) / read(False, 1)
+        assert cost_of_round(config, drafts) == pytest.approx(expected)

@@ -169,10 +169,13 @@ class Scheduler:
                 return
 
     def _place_drafts(self, step: Step) -> None:
-        """As many as fit into budget and pages: they are a wish, not a need."""
+        """As many as fit into budget and pages: they are a wish, not a need.
+
+        A part that ends before its job does has used the budget up, so that none are left for it.
+        """
         left = self.budget - step.tokens
         for number, part in enumerate(step.parts):
-            job, drafts = part.job, min(part.job.drafts, left) if part.decides else 0
+            job, drafts = part.job, min(part.job.drafts, left)
             try:
                 job.table.reserve(min(part.start + part.known + drafts + job.ahead, job.limit))
             except OutOfPages:
