@@ -1,6 +1,8 @@
 """The commands and their options. Each imports what it needs when it runs, so that help and plan answer at once."""
 
+import os
 import sys
+from contextlib import suppress
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated
@@ -426,4 +428,15 @@ def run() -> None:
     """The console script. It leaves with 2 after a mistake of the user's, 130 after Ctrl-C; tracebacks are our bugs."""
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal need not know every character
-    sys.exit(app())
+    try:
+        sys.exit(app())
+    except SystemExit as end:
+        from cavelight.cli.screen import INTERRUPTED
+
+        if end.code != INTERRUPTED:
+            raise
+    # A thread that is still writing a save would not survive the interpreter's end: torch would abort the process.
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError, AttributeError):
+            stream.flush()
+    os._exit(INTERRUPTED)
