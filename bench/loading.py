@@ -6,7 +6,6 @@ Every start and every process that shares is one of its own; mapped and read tak
 
 import argparse
 import json
-import mmap
 import os
 import shlex
 import subprocess
@@ -27,7 +26,6 @@ from cavelight.bench.cases import Case, measure
 from cavelight.bench.probes import read_bandwidth
 from cavelight.cli.bench import random_model
 from cavelight.disk import file_beside
-from cavelight.model.transformer import Transformer
 from cavelight.run.generate import generate_tokens
 from cavelight.run.quick import without_native
 from cavelight.spec.formats import INT8
@@ -36,7 +34,6 @@ from cavelight.weights.convert import convert
 from cavelight.weights.snapshot import read_checkpoint, write_checkpoint
 
 WAYS = ("mapped", "read")
-HUGE = "read, in huge pages"
 TOKENS, PROMPT = 50, [3, 1, 4, 1, 5]
 CASES = (Case("decoding", 128), Case("decoding", 128, batch=8))
 TURN, PROBE = 0.5, 0.2  # seconds of a case before another way has its turn, and of reading beside it
@@ -202,7 +199,6 @@ def turns(folder: Path, rounds: int) -> dict[str, dict[str, tuple[float, float]]
     """By case and way, tokens a second and the share of the bandwidth: medians of turns of half a second."""
     cases.SECONDS = TURN
     models = {way: read_checkpoint(folder, mapped=way == "mapped") for way in WAYS}
-    models[HUGE] = in_huge_pages(read_checkpoint(folder, mapped=False))
     found = {}
     for case in CASES:
         seen: dict[str, list[tuple[float, float]]] = {way: [] for way in models}
@@ -215,19 +211,6 @@ def turns(folder: Path, rounds: int) -> dict[str, dict[str, tuple[float, float]]
         columns = {way: [*zip(*rows, strict=True)] for way, rows in seen.items()}
         found[case.name] = {way: (median(each[0]), median(each[1])) for way, each in columns.items()}
     return found
-
-
-def in_huge_pages(model: Transformer) -> Transformer:
-    """The model with its weights in memory for which huge pages were asked."""
-    tensors = [*model.parameters(), *model.buffers()]
-    places = [-(-tensor.nbytes // 64) * 64 for tensor in tensors]
-    memory, at = mmap.mmap(-1, sum(places)), 0
-    memory.madvise(mmap.MADV_HUGEPAGE)
-    for tensor, size in zip(tensors, places, strict=True):
-        place = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=at).view(tensor.shape)
-        tensor.data = place.copy_(tensor.detach())
-        at += size
-    return model
 
 
 def report(
@@ -274,11 +257,11 @@ its own, which nobody shares, and its share of everything (Pss). What is its own
 
 Tokens a second (and the share of what could be read in the time), in one process, in turns of {TURN} seconds: medians.
 
-| | | mapped | read | {HUGE} | mapped to read |
-|---|---|--:|--:|--:|--:|
+| | | mapped | read | mapped to read |
+|---|---|--:|--:|--:|
 {rows(decoding)}
 
-Transparent huge pages of this system: `{transparent()}`; what is read has small ones here unless it asks.
+Transparent huge pages of this system: `{transparent()}`; what is read asks for them.
 Load of the machine when it began: {busy:.1f}. Where that is above 1, others
 took part in all times here, and the ratios of decoding say nothing: repeat it on an idle machine.
 

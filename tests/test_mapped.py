@@ -302,6 +302,38 @@ def test_the_switch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert in_files(load(folder, mapped=True)[0], folder)
 
 
+@pytest.mark.parametrize("system", ["as it is", "that refuses", "that knows none"])
+def test_memory_for_what_is_read(system: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object, **named: object) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    if system == "that refuses":
+        monkeypatch.setattr(files.mmap, "mmap", refuse)
+    elif system == "that knows none":
+        monkeypatch.delattr(files.mmap, "MADV_HUGEPAGE", raising=False)
+    for dtype in (torch.float32, torch.bfloat16, torch.int32):
+        for shape in ((3, 5), (3, 1024, 1537), (0, 7)):
+            tensor = files.empty(shape, dtype)
+            assert tensor.shape == shape and tensor.dtype == dtype and tensor.is_contiguous()
+            tensor.copy_(torch.arange(tensor.numel()).view(shape) % 100)
+            assert tensor.sum(dtype=torch.float64) == (torch.arange(tensor.numel()) % 100).sum()
+
+
+def test_systems_that_do_not_forget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was written is given up, to be mapped in huge pages; where that cannot be asked, nothing else changes."""
+
+    def refuse(*arguments: object) -> None:
+        raise OSError(22, "Invalid argument")
+
+    first = saved(tmp_path / "first")
+    monkeypatch.setattr(os, "posix_fadvise", refuse, raising=False)
+    second = saved(tmp_path / "second")
+    monkeypatch.delattr(os, "posix_fadvise")
+    third = saved(tmp_path / "third")
+    for other in (second, third):
+        assert (first / SINGLE).read_bytes() == (other / SINGLE).read_bytes()
+
+
 def test_where_files_cannot_be_mapped_they_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: object, **named: object) -> None:
         raise OSError(19, "No such device")

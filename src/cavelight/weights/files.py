@@ -4,11 +4,13 @@ What headers say is checked in headers.py. Tensors are read into memory, or seen
 """
 
 import json
+import math
 import mmap
 import os
 import re
 import struct
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -25,6 +27,7 @@ __all__ = ["INDEX", "SINGLE", "Entry", "Safetensors", "Shard", "abbreviated", "i
 SWITCH = "CAVELIGHT_MAPPED"  # 0: weights to run are read, not mapped
 SHARD_BYTES = 4 * 2**30
 EXPERT = re.compile(r"(.*\.experts)\.\d+(\.\w+)\..*")  # a tensor of one expert
+LARGE = 2**23  # bytes of a tensor from which huge pages, of 2 MB, are worth asking for
 PIECE = 2**26  # bytes read at a time: Ctrl-C is heard between two pieces
 
 
@@ -79,7 +82,7 @@ class Safetensors:
         if file not in self._mappings:
             with opened(file) as handle:
                 try:
-                    self._mappings[file] = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_COPY)
+                    self._mappings[file] = _in_huge_pages(mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_COPY))
                 except (OSError, ValueError):  # its file system cannot, or it is empty by now, which reading tells
                     self._mappings[file] = None
         return self._mappings[file]
@@ -102,6 +105,22 @@ class Safetensors:
                     raise cut_short(entry.file, os.fstat(handle.fileno()).st_size, entry.start + entry.nbytes)
                 done += got
         return tensor
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """As torch.empty; large ones ask for huge pages, over which weights are read faster."""
+    size = math.prod(shape) * dtype.itemsize
+    if size >= LARGE:
+        with suppress(OSError):  # so much memory is not there, which torch tells
+            return torch.frombuffer(_in_huge_pages(mmap.mmap(-1, size)), dtype=dtype).view(*shape)
+    return torch.empty(shape, dtype=dtype)
+
+
+def _in_huge_pages(memory: mmap.mmap) -> mmap.mmap:
+    """Where the system has them; of a file, for what is not in memory yet."""
+    with suppress(OSError, AttributeError):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from threading import Lock
 from types import TracebackType
 from typing import Any, Self
 
+from cavelight.disk import forget
 from cavelight.errors import UserError
 from cavelight.weights.files import Shard
 
@@ -136,6 +137,7 @@ class Unfinished:
         """Move the finished model to `target`, replacing what was there, and clear up."""
         for file in self.model.iterdir():
             _sync(file)
+            forget(file)
         _sync(self.model)
         replaced = self.path / "replaced"
         if target.exists():

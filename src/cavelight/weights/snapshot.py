@@ -18,7 +18,7 @@ from cavelight.errors import UserError
 from cavelight.model.transformer import Transformer
 from cavelight.spec.shapes import parameters
 from cavelight.weights.bias import for_export
-from cavelight.weights.files import SHARD_BYTES, SWITCH, Entry, abbreviated, write_safetensors
+from cavelight.weights.files import SHARD_BYTES, SWITCH, Entry, abbreviated, empty, write_safetensors
 from cavelight.weights.names import HFTensor, by_parameter, check_fit, hf_tensors, is_mtp
 from cavelight.weights.stored import Checkpoint
 from cavelight.weights.swap import is_packed, swap
@@ -89,9 +89,7 @@ def read_checkpoint(
     dtypes = {"model": dtype, "float32": torch.float32}
     lying = _lying(checkpoint, wanted, dtypes) if mapped else {}
     ours = lying | {
-        p.name: torch.empty(p.shape, dtype=dtypes[p.dtype])
-        for p in parameters(config)
-        if p.name not in gone | lying.keys()
+        p.name: empty(p.shape, dtypes[p.dtype]) for p in parameters(config) if p.name not in gone | lying.keys()
     }
     for tensor in wanted:
         if tensor.parts[0].name in gone and (checkpoint.format.kind == "int" or not check_finite):

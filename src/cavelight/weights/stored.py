@@ -16,7 +16,7 @@ from torch import Tensor
 from cavelight.errors import UserError
 from cavelight.spec.config import ModelConfig
 from cavelight.spec.formats import Format
-from cavelight.weights.files import Entry, Safetensors, abbreviated
+from cavelight.weights.files import Entry, Safetensors, abbreviated, empty
 from cavelight.weights.quant import unpack
 
 ROWS = 128  # blocks of rows begin at its multiples, so that fp8 can be packed from them
@@ -127,7 +127,7 @@ class Checkpoint:
             view = self.files.mapped(stored) if mapped else None
             if view is None:
                 entry = self._entry(stored[0])
-                view = torch.empty(len(stored), *entry.shape, dtype=entry.dtype)
+                view = empty((len(stored), *entry.shape), entry.dtype)
                 for number, name in enumerate(stored):
                     view[number] = self.files.tensor(name)
             if suffix.startswith("weight_scale"):
