@@ -121,7 +121,7 @@ def forget(path: Path) -> None:
     """Let the system give up what it holds of a file that is on the disk.
 
     It keeps what was written in small pages, and what is mapped anew in huge ones, over which weights are read up to a
-    tenth faster (docs/results/loading.md).
+    tenth faster.
     """
     if hasattr(os, "posix_fadvise"):
         with open(path, "rb") as handle, suppress(OSError):
