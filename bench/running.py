@@ -25,7 +25,7 @@ from cavelight.bench import cases as bench_cases
 from cavelight.bench.cases import Case
 from cavelight.bench.peer import Transformers
 from cavelight.bench.picture import Panel, draw_panels
-from cavelight.bench.probes import BUFFER, read_bandwidth
+from cavelight.bench.probes import BUFFER, Probes, read_bandwidth
 from cavelight.bench.sweep import Row, cases, sweep
 from cavelight.cli.bench import random_model
 from cavelight.cli.progress import screen
@@ -210,53 +210,26 @@ def report(
     memory: int,
     called: Sequence[str],
 ) -> str:
-    names = [row.ours.case.name for row in rows["bfloat16"]]
     by_name = {kind: {row.ours.case.name: row for row in some} for kind, some in rows.items()}
-    lines = []
-    for name in names:
-        cells = [cell(kind, by_name[kind][name]) for kind in KINDS]
-        theirs = by_name["bfloat16"][name].theirs
-        peer = f"{theirs.tokens_per_second:,.1f}" if theirs else "–"
-        lines.append(f"| {name} | " + " | ".join(cells) + f" | {peer} |")
     kept = [(row, by_name["bfloat16"][row.ours.case.name]) for row in small]
-    smaller = "\n".join(f"| {a.ours.case.name} | {cell('', a)} | {cell('', b)} |" for a, b in kept)
-    one, five = by_name["bfloat16"]["decoding at 16,384"], by_name["bfloat16"]["verifying 5 at 16,384"]
-    times, more = five.ours.typical / one.ours.typical, five.ours.read / one.ours.read
-    probes = rows["bfloat16"][0].probes
-    met = [row for kind, some in by_name.items() for name, row in some.items() if reached(kind, row) is True]
-    missed = [
-        f"{kind}, {name}: {share(row):.0%} of {ASKED[kind, name]:.0%}"
-        for kind, some in by_name.items()
-        for name, row in some.items()
-        if reached(kind, row) is False
-    ]
+    smaller = [f"| {a.ours.case.name} | {cell('', a)} | {cell('', b)} |" for a, b in kept]
     reading = [(top, 1e3 * row.ours.typical, 1e3 * row.ours.read / row.probes.read) for top, row in experts]
-    many = "\n".join(f"| {top} | {taken:.1f} | {least:.1f} |" for top, taken, least in reading)
-    also = f" Not reached: {'; '.join(missed)}." if missed else ""
+    many = [f"| {top} | {taken:.1f} | {least:.1f} |" for top, taken, least in reading]
+    shares = [f"| {name} | {found:.0%} |" for name, found in needed]
+    lines = "\n".join
     return f"""# Running `mid` at the machine's limit
 
-Hidden size 1024, 12 layers, 64 experts of which 6 a token, random weights. Shares: of decoding and verifying, the bytes
-that a step has to read (weights of all layers and experts met, rows of the cache, each once) over what could have been
-read in its time; of prompts, the operations of `spec/cost.py` over what could have been multiplied. Both probes are
-taken in the same run, the first beside every case: reading 1 GB by all threads ({probes.read / 1e9:.1f} GB/s at the
-start), and the fastest square product of any kind of numbers ({probes.peak / 1e12:.2f} Tflop/s, float32 here). Packed
-matrices are those of `cavelight convert`: embedding, head, router and both latent up-projections stay in bfloat16.
-Layers: {"natively" if not without_native() else without_native()}.
+{method(rows["bfloat16"][0].probes)}
 
 | | bfloat16, tokens/s (share) | int8 | int4 | transformers, {str(pick_dtype("auto")).removeprefix("torch.")} |
 |---|--:|--:|--:|--:|
-{chr(10).join(lines)}
+{lines(all_ways(by_name))}
 
-- Asked for and reached: {len(met)} of {len(ASKED)} shares.{also}
-- Verifying 5 tokens at a depth of 16,384 takes {times:.2f} times one token (asked: at most 1.5). With random weights
-  five tokens meet other experts: they have to read {more:.2f} times as much, so that no program can do it in less.
-- A prompt of 4,096 tokens takes {memory / 1e6:,.0f} MB beside the weights and its cache (asked: under 500).
-- `Engine(invariant=True)`, in bfloat16: a prompt of 512 tokens takes {price[0]:.2f} times as long, a step of 16
-  sequences {price[1]:.2f} times.
+{asked_for(by_name, price, memory)}
 
 | bfloat16 weights, tokens/s (share) | cache in int8 | in bfloat16 |
 |---|--:|--:|
-{smaller}
+{lines(smaller)}
 
 A row takes {row_bytes(preset("mid"), torch.int8)} bytes in int8 and {row_bytes(preset("mid"), torch.bfloat16)} in
 bfloat16; each share counts its own rows.
@@ -265,18 +238,57 @@ bfloat16; each share counts its own rows.
 
 | experts a token | ms a token | reading alone |
 |--:|--:|--:|
-{many}
+{lines(many)}
 
 ## Why layers are computed natively
 
 | for one token, in bfloat16 | share of the bandwidth |
 |---|--:|
-{chr(10).join(f"| {name} | {found:.0%} |" for name, found in needed)}
+{lines(shares)}
 
 Command: `{shlex.join(["python", "-m", "bench.running", *called])}`{"  "}
 Commit: {commit()}{"  "}
 Machine: {machine(torch.bfloat16)}
 """
+
+
+def method(probes: Probes) -> str:
+    return f"""\
+Hidden size 1024, 12 layers, 64 experts of which 6 a token, random weights. Shares: of decoding and verifying, the bytes
+that a step has to read (weights of all layers and experts met, rows of the cache, each once) over what could have been
+read in its time; of prompts, the operations of `spec/cost.py` over what could have been multiplied. Both probes are
+taken in the same run, the first beside every case: reading 1 GB by all threads ({probes.read / 1e9:.1f} GB/s at the
+start), and the fastest square product of any kind of numbers ({probes.peak / 1e12:.2f} Tflop/s, float32 here). Packed
+matrices are those of `cavelight convert`: embedding, head, router and both latent up-projections stay in bfloat16.
+Weights are mapped, from files that nothing else has just read, so that they lie in huge pages.
+Layers: {"natively" if not without_native() else without_native()}."""
+
+
+def all_ways(by_name: dict[str, dict[str, Row]]) -> list[str]:
+    """A line for each case."""
+    found = []
+    for name, row in by_name["bfloat16"].items():
+        cells = [cell(kind, by_name[kind][name]) for kind in KINDS]
+        peer = f"{row.theirs.tokens_per_second:,.1f}" if row.theirs else "–"
+        found.append(f"| {name} | {' | '.join(cells)} | {peer} |")
+    return found
+
+
+def asked_for(by_name: dict[str, dict[str, Row]], price: tuple[float, float], memory: int) -> str:
+    """What of it was reached."""
+    asked = [(kind, name, row) for kind, some in by_name.items() for name, row in some.items() if (kind, name) in ASKED]
+    missed = [(kind, name, row) for kind, name, row in asked if not reached(kind, row)]
+    shares = [f"{kind}, {name}: {share(row):.0%} of {ASKED[kind, name]:.0%}" for kind, name, row in missed]
+    also = f" Not reached: {'; '.join(shares)}." if shares else ""
+    one, five = by_name["bfloat16"]["decoding at 16,384"], by_name["bfloat16"]["verifying 5 at 16,384"]
+    times, more = five.ours.typical / one.ours.typical, five.ours.read / one.ours.read
+    return f"""\
+- Asked for and reached: {len(asked) - len(missed)} of {len(ASKED)} shares.{also}
+- Verifying 5 tokens at a depth of 16,384 takes {times:.2f} times one token (asked: at most 1.5). With random weights
+  five tokens meet other experts: they have to read {more:.2f} times as much, so that no program can do it in less.
+- A prompt of 4,096 tokens takes {memory / 1e6:,.0f} MB beside the weights and its cache (asked: under 500).
+- `Engine(invariant=True)`, in bfloat16: a prompt of 512 tokens takes {price[0]:.2f} times as long, a step of 16
+  sequences {price[1]:.2f} times."""
 
 
 def cell(kind: str, row: Row) -> str:
