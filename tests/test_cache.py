@@ -85,6 +85,15 @@ def test_a_row_is_the_latent_after_its_norm_and_the_key_after_rope() -> None:
     torch.testing.assert_close(cache.rows_MSW[0, :18], expected_TL, atol=1e-6, rtol=0)
 
 
+@torch.inference_mode()
+def test_pairs_turn_wherever_they_begin() -> None:
+    """One token's key after a latent of odd width, one head's query after an odd width without position."""
+    config = small_config(kv_lora_rank=15, qk_nope_head_dim=7, num_attention_heads=1, q_lora_rank=None)
+    model, cache = random_model(config), cache_for(config, 18)
+    whole_TV = logits_in_steps(model, [TOKENS], cache_for(config, 18))
+    torch.testing.assert_close(logits_in_steps(model, list(TOKENS.split(1)), cache), whole_TV, atol=1e-4, rtol=1e-4)
+
+
 def test_nothing_expanded_is_stored() -> None:
     config = small_config(num_nextn_predict_layers=2)
     cache = cache_for(config, 10)

@@ -75,7 +75,7 @@ def rotate(x_THR: Tensor, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
     turns = torch.complex(*cos_sin)[:, None]
     pairs = x_THR.float().unflatten(-1, (-1, 2))
     if any(step % 2 for step in (*pairs.stride()[:-1], pairs.storage_offset())):
-        pairs = pairs.contiguous()  # a pair is one complex number; it must lie like one
+        pairs = pairs.clone(memory_format=torch.contiguous_format)  # a pair is one complex number; it must lie like one
     return torch.view_as_real(torch.view_as_complex(pairs) * turns).flatten(-2).to(x_THR.dtype)
 
 
