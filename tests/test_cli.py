@@ -106,7 +106,7 @@ def test_plan_reads_a_folder(tmp_path: Path) -> None:
         (["generate", "no-such-folder", "-p", "x", "--drafts", "many"], "--drafts is a number or auto."),
         (["generate", "no-such-folder", "-p", "x", "--dtype", "int3"], "There is no such type of number here."),
         (["generate", "no-such-folder", "-p", "x", "--cache", "fp8"], "There is no such cache here. Got: 'fp8'."),
-        (["bench", "nano", "--cache", "int4"], "There is no such cache here. Got: 'int4'."),
+        (["bench", "no-such-folder", "--cache", "int4"], "There is no such cache here. Got: 'int4'."),
         (["chat", "no-such-folder"], "There is no folder no-such-folder."),
         (["eval", "no-such-folder"], "There is no folder no-such-folder."),
         (["eval", "m", "--needle", "--by-position"], "eval does one thing at a time. Got: --by-position and --needle."),

@@ -10,6 +10,7 @@ import torch
 from cavelight.run.invariant import DispatchAlone, RowBlocks
 from cavelight.run.paged import PagedCache
 from cavelight.run.quick import FEW
+from cavelight.run.rows import pack, unpack
 from cavelight.spec.config import ModelConfig
 
 from .native_views import (
@@ -109,6 +110,17 @@ def test_a_cache_in_int8(store: Store) -> None:
     for n, config in enumerate([*(CONFIGS[name] for name in ("v3", "v3 odd", "v3 wide", "v2")), *several]):
         given = case(config, some_lengths(random.Random(n)), 4, torch.int8, seed=n)
         assert_alike(stored(config, store), given, 8e-3)
+
+
+@pytest.mark.parametrize(("C", "R"), [(16, 6), (144, 8), (272, 10), (512, 64)])
+def test_rows_in_int8_are_packed_to_the_bit(C: int, R: int) -> None:
+    """Of the first layer, whose rows hang on no others: those that it writes in float32, as run/rows.py packs them."""
+    config = small_config(kv_lora_rank=C, qk_rope_head_dim=R)
+    view = native_view(stored(config, torch.float32))
+    exact, rounded = (case(config, [(5, 20), (0, 12)], 3, dtype) for dtype in (torch.float32, torch.int8))
+    mine_Z = written(exact)
+    expected_ZL = unpack(pack(step(view, exact).rows_MZL[0, mine_Z], C, torch.int8), C)
+    assert torch.equal(step(view, rounded).rows_MZL[0, mine_Z], expected_ZL)
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 3, 5, 31, 32, 33, 40])

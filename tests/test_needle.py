@@ -17,6 +17,7 @@ from cavelight.errors import UserError
 from cavelight.model.ports import GroupedDispatch, PackedAttend
 from cavelight.model.transformer import Transformer
 from cavelight.run.cache import CachedAttend, LatentCache
+from cavelight.run.rows import CacheDtype
 from cavelight.spec.config import ModelConfig
 from cavelight.train import passage
 from cavelight.train.needle import find_needles, haystack, plain_text
@@ -153,13 +154,17 @@ def test_who_sees_half_the_way_finds_half_the_needles() -> None:
     assert found.shares == (0, 0, 1, 1)
 
 
-def test_a_model_that_learnt_nothing_finds_nothing_and_its_cache_is_as_planned(tmp_path: Path) -> None:
+@pytest.mark.parametrize("cache", ["auto", "int8"])
+def test_a_model_that_learnt_nothing_finds_nothing_and_its_cache_is_as_planned(
+    tmp_path: Path, cache: CacheDtype
+) -> None:
     model = random_model(config())
-    results = find_needles(model, TOKENIZER, TEXT, [500, 1000], depths=2, trials=4)
+    results = find_needles(model, TOKENIZER, TEXT, [500, 1000], depths=2, trials=4, cache=cache)
     assert [sum(result.found) for result in results] == [0, 0]
-    rows, picture = report_needles(results, model.config, tmp_path, "tiny")
+    rows, picture = report_needles(results, model.config, tmp_path, "tiny", cache)
     assert [row["cache_bytes"] for row in rows] == [row["planned_cache_bytes"] for row in rows]
-    assert json.loads((tmp_path / "needle.json").read_text(encoding="utf-8"))["lengths"][1]["length"] == 1000
+    written = json.loads((tmp_path / "needle.json").read_text(encoding="utf-8"))
+    assert written["cache"] == cache and written["lengths"][1]["length"] == 1000
     assert picture.read_bytes()[:4] == b"\x89PNG"
 
 

@@ -31,6 +31,7 @@ from cavelight.spec.cost import Form, flops_per_token
 SECONDS, LEAST, MOST = 2.0, 5, 200  # of steps that are timed: how long, at least and at most how many
 WARM = 2  # steps before those
 PAGE = 64  # positions
+DRAWN = 4096  # rows of the cache that are filled at once
 
 Kind = Literal["prompt", "decoding", "verifying"]
 
@@ -112,8 +113,8 @@ def measure(
     config, weight, run = model.config, model.lm_head.weight, quick(model)
     dtype = cache or weight.dtype
     paged = PagedCache(config, case.batch * case.pages, PAGE, dtype, weight.device)
-    for rows_ZW in paged.rows_MZW:
-        rows_ZW.copy_(pack(torch.randn(len(rows_ZW), config.cache_width), config.kv_lora_rank, dtype))
+    for some_ZW in paged.rows_MZW.flatten(0, 1).split(DRAWN):
+        some_ZW.copy_(pack(torch.randn(len(some_ZW), config.cache_width), config.kv_lora_rank, dtype))
     source = torch.Generator().manual_seed(0)
     seconds: list[float] = []
     met: list[float] = []

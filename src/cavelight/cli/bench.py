@@ -47,8 +47,9 @@ def bench(
     if against not in (None, "transformers"):
         raise UserError("There is no such peer", got=str(against), do="write --against transformers")
     wanted = numbers("--prompts", prompts), numbers("--depths", depths, least=0), numbers("--batches", batches)
+    rows_in = named(cache)
     model, checkpoint = opened(source, dtype, without_mtp)
-    kept_in = cache_dtype(model.config, model.lm_head.weight.dtype, named(cache))
+    kept_in = cache_dtype(model.config, model.lm_head.weight.dtype, rows_in)
     chosen, left_out = cases(model.config, kept_in, *wanted)
     if not chosen:
         why = "; ".join(f"{each.case.name}: {each.why}" for each in left_out) or "no prompt and no depth was given"

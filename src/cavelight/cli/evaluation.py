@@ -104,11 +104,12 @@ def by_position(
         buckets = loss_by_position(model, tokenizer, store, length, on_event=listen, cache=kept_in)
     rows = [{**asdict(bucket), "loss": bucket.loss, "bits_per_byte": bucket.bits_per_byte} for bucket in buckets]
     folder = out or beside(path)
-    write_json(folder / "by-position.json", {"length": length, "buckets": rows})
+    write_json(folder / "by-position.json", {"length": length, "cache": kept_in, "buckets": rows})
     picture = folder / "by-position.png"
-    draw_by_position(buckets, picture, "What context is worth", [path.resolve().name, f"{length:,} tokens"])
+    facts = [path.resolve().name, f"{length:,} tokens", *told_of(kept_in)]
+    draw_by_position(buckets, picture, "What context is worth", facts)
     if as_json:
-        say_json({"kind": "result", "length": length, "buckets": rows, "figure": picture})
+        say_json({"kind": "result", "length": length, "cache": kept_in, "buckets": rows, "figure": picture})
         return
     table = Table("tokens of context", "predictions", "nats a token", "bits per byte", box=None)
     for column in table.columns:
@@ -150,10 +151,15 @@ def needle(
         results = find_needles(model, tokenizer, text, chosen, **how, cache=kept_in, on_event=listen)
     found, picture = report_needles(results, model.config, out or beside(path), path.resolve().name, kept_in)
     if as_json:
-        say_json({"kind": "result", "lengths": found, "figure": picture})
+        say_json({"kind": "result", "cache": kept_in, "lengths": found, "figure": picture})
         return
     OUT.print(needle_table(found))
     OUT.print(f"The heat map: {picture}", soft_wrap=True)
+
+
+def told_of(kept_in: "CacheDtype") -> list[str]:
+    """For a figure: what the cache is kept in, where that is not as usual."""
+    return [] if kept_in == "auto" else [f"cache in {kept_in}"]
 
 
 def report_needles(
@@ -171,9 +177,9 @@ def report_needles(
         return decoding_memory(config, context=length, cache="fp8" if kept_in == "int8" else "fp32").parts["cache"]
 
     found = [{**asdict(result), "planned_cache_bytes": planned(result.length)} for result in results]
-    write_json(folder / "needle.json", {"lengths": found})
+    write_json(folder / "needle.json", {"cache": kept_in, "lengths": found})
     shares = [share for result in results for share in result.shares]
-    facts = [name, f"{min(sum(result.asked) for result in results):,} needles a length or more"]
+    facts = [name, f"{min(sum(result.asked) for result in results):,} needles a length or more", *told_of(kept_in)]
     draw_needles(results, folder / "needle.png", "Needles in a haystack", [*facts, f"worst cell {min(shares):.0%}"])
     return found, folder / "needle.png"
 

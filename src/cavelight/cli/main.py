@@ -36,7 +36,7 @@ Revision = Annotated[
 ]
 Dtype = Annotated[str, typer.Option(help="Numbers to compute in: auto, float32 or bfloat16.")]
 CacheDtype = Annotated[
-    str, typer.Option(help="What the latent cache is kept in: auto, as the weights are, or int8, in half of bfloat16.")
+    str, typer.Option(help="What the latent cache is kept in: auto, as the weights are, or int8, in less memory.")
 ]
 
 MaxNewTokens = Annotated[int, typer.Option(metavar="N", min=0, help="Stop after so many new tokens.")]

@@ -51,7 +51,7 @@ class Engine:
 
     memory: bytes of the cache, all of them taken now. budget: tokens of a step, drafts included; prompts are taken in
     pieces that fit beside what decodes. most: generations that run at once; more may wait, up to `queue`.
-    cache: "auto" to keep latents as the weights are, "int8" in half the memory of bfloat16 (see rows.py).
+    cache: "auto" to keep latents as the weights are, "int8" in less memory (see rows.py).
     invariant: a request gives the same tokens alone and in any company, to the bit, at the price that every row of a
     step is computed in a way that knows nothing of the others (run/invariant.py).
     Raises UserError for a budget below `most`, if not even one page fits into the memory, and if that is more than the

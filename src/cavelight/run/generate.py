@@ -42,7 +42,7 @@ class TokenStream(Iterator[int]):
     drafts: how many tokens to guess ahead with the MTP modules; 0 for none; "auto" for as many as there are modules,
     until it shows that they do not pay. Whatever it is, the output is the same token for token: natively in any type,
     plainly in float32, exactly if greedy and up to a rare near-tie if sampled.
-    cache: "auto" to keep latents as the weights are, "int8" in half the memory of bfloat16 (see rows.py).
+    cache: "auto" to keep latents as the weights are, "int8" in less memory (see rows.py).
     stop_ids: the configuration's end tokens unless given. allowed: which tokens may follow; see `choose.Allowed`.
     Raises UserError for a prompt that does not fit or is no list of token ids, and if the model produces NaN.
     """
