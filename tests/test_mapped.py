@@ -4,6 +4,7 @@ import copy
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from cavelight.model.transformer import Transformer
 from cavelight.spec.formats import FP8, INT4, INT8, PLAIN, Format
 from cavelight.weights import files
 from cavelight.weights.convert import convert
-from cavelight.weights.files import SINGLE, Safetensors
+from cavelight.weights.files import SINGLE, Entry, Safetensors, layout
 from cavelight.weights.headers import INDEX
 from cavelight.weights.snapshot import read_checkpoint, write_checkpoint
 
@@ -26,7 +27,7 @@ from .reference.tiny import tiny
 from .run_models import random_model
 from .shards import TENSORS, described, same_bits, shard, write
 
-CONFIG = tiny(num_nextn_predict_layers=1, kv_lora_rank=16)
+CONFIG = tiny(num_nextn_predict_layers=1, kv_lora_rank=16, n_routed_experts=12)  # of which the 10th is not the 2nd
 TOKENS = torch.tensor([3, 1, 4, 1, 5])
 STACK, SHARED = "model.layers.1.mlp.experts.{}_proj", "model.layers.1.mlp.shared_experts.up_proj"
 
@@ -183,12 +184,14 @@ def test_what_lies_askew_is_read(tmp_path: Path, askew: int) -> None:
 
 def test_stacks_need_one_shape_one_dtype_and_the_right_order(tmp_path: Path) -> None:
     parts = {name: torch.arange(4.0).view(2, 2) + n for n, name in enumerate("abc")}
-    write(tmp_path, {**parts, "long": torch.zeros(4), "half": torch.zeros(2, 2).half()})
+    write(tmp_path, {**parts, "long": torch.zeros(4), "half": torch.zeros(2, 2).half(), "whole": torch.zeros(4).int()})
     checkpoint = Safetensors(tmp_path)
     together = checkpoint.mapped(["a", "b", "c"])
     assert together is not None and torch.equal(together, torch.stack([*parts.values()]))
-    for names in (["b", "a"], ["a", "c"], ["c", "long"], ["c", "half"], ["a", "a"]):
+    for names in (["b", "a"], ["a", "c"], ["c", "long"], ["c", "half"], ["long", "whole"], ["a", "a"]):
         assert checkpoint.mapped(names) is None
+    checkpoint.entries["b"] = replace(checkpoint.entries["b"], file=tmp_path / "another")  # at the same place there
+    assert checkpoint.mapped(["a", "b"]) is None
 
 
 def test_single_tensors_of_every_kind(tmp_path: Path) -> None:
@@ -313,10 +316,28 @@ def test_memory_for_what_is_read(system: str, monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.delattr(files.mmap, "MADV_HUGEPAGE", raising=False)
     for dtype in (torch.float32, torch.bfloat16, torch.int32):
         for shape in ((3, 5), (3, 1024, 1537), (0, 7)):
-            tensor = files.empty(shape, dtype)
+            tensor = files.empty(shape, dtype, "a")
             assert tensor.shape == shape and tensor.dtype == dtype and tensor.is_contiguous()
             tensor.copy_(torch.arange(tensor.numel()).view(shape) % 100)
             assert tensor.sum(dtype=torch.float64) == (torch.arange(tensor.numel()) % 100).sum()
+
+
+def test_no_memory_for_what_is_read() -> None:
+    with pytest.raises(UserError, match=r"There is not enough memory for a. Got: 4,611,686,018,427,387,904 bytes"):
+        files.empty((2**60,), torch.float32, "a")  # more than any address space holds
+
+
+def test_a_file_larger_than_memory_is_mapped(tmp_path: Path) -> None:
+    """Reading it instead would need the memory that is not there."""
+    if Path("/proc/sys/vm/overcommit_memory").read_text().strip() == "2":
+        pytest.skip("this system counts all that might be written")
+    kilobytes = dict(re.findall(r"(\w+): +(\d+) kB", Path("/proc/meminfo").read_text()))
+    count = (int(kilobytes["MemTotal"]) + int(kilobytes["SwapTotal"]) + 2**20) << 10
+    file = layout([Entry("a", (count,), torch.uint8)], count)[0]
+    (tmp_path / SINGLE).write_bytes(file.header)
+    os.truncate(tmp_path / SINGLE, file.nbytes)  # a hole
+    view = Safetensors(tmp_path).mapped(["a"])
+    assert view is not None and view.shape == (1, count) and not view[0, -1]
 
 
 def test_systems_that_do_not_forget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
