@@ -3,7 +3,9 @@
 import copy
 import os
 import re
+import resource
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -290,6 +292,28 @@ def test_a_file_gone_since_its_header_was_read(tmp_path: Path) -> None:
     (tmp_path / SINGLE).unlink()
     with pytest.raises(UserError, match="is missing"):
         checkpoint.mapped(["a"])
+
+
+def test_no_more_files_may_be_open(tmp_path: Path) -> None:
+    """Each that is mapped is held open. What is too many to map is read, while a single one can still be opened."""
+    folder = saved(tmp_path / "model", shard_bytes=1)
+    expected = answer(read_checkpoint(folder))
+    limits, held = resource.getrlimit(resource.RLIMIT_NOFILE), [os.open(os.devnull, os.O_RDONLY)]
+    some = held[0] + 5  # descriptors are given out from the lowest on
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (some, limits[1]))
+        model = read_checkpoint(folder)
+        assert 0 < len(in_files(model, folder)) < len(numbers(model))
+        with suppress(OSError):
+            while True:
+                held.append(os.open(os.devnull, os.O_RDONLY))
+        with pytest.raises(UserError, match=r"Too many open files. Do: let this process hold more files open"):
+            Safetensors(folder)
+    finally:
+        for one in held:
+            os.close(one)
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert torch.equal(answer(model), expected)
 
 
 # Reading instead
