@@ -30,6 +30,7 @@ from .run_models import random_model
 from .shards import TENSORS, described, same_bits, shard, write
 
 CONFIG = tiny(num_nextn_predict_layers=1, kv_lora_rank=16, n_routed_experts=12)  # of which the 10th is not the 2nd
+HUGE = Path("/sys/kernel/mm/transparent_hugepage").is_dir()
 TOKENS = torch.tensor([3, 1, 4, 1, 5])
 STACK, SHARED = "model.layers.1.mlp.experts.{}_proj", "model.layers.1.mlp.shared_experts.up_proj"
 
@@ -202,6 +203,63 @@ def test_single_tensors_of_every_kind(tmp_path: Path) -> None:
     views = {name: checkpoint.mapped([name]) for name in checkpoint.entries}
     assert views.pop("empty") is None
     assert all(view is not None and same_bits(view[0], TENSORS[name]) for name, view in views.items())
+
+
+# In huge pages, from one mapping
+
+
+def flags(of: str) -> list[set[str]]:
+    """What the system says of each range of memory whose line in smaps contains `of`."""
+    found, ours = [], False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if re.match(r"[0-9a-f]+-", line):
+            ours = of in line
+        elif ours and line.startswith("VmFlags:"):
+            found.append(set(line.split()[1:]))
+    return found
+
+
+def test_a_file_is_mapped_once_and_asks_for_huge_pages(tmp_path: Path) -> None:
+    folder, before = saved(tmp_path / "model"), len(os.listdir("/proc/self/fd"))
+    model = read_checkpoint(folder)
+    assert len(os.listdir("/proc/self/fd")) == before + 1
+    asked = flags(f"{folder.resolve()}/")
+    assert asked and all("nr" in some for some in asked)  # nothing is set aside for what might be written
+    assert not HUGE or all("hg" in some for some in asked)
+    del model
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.skipif(not HUGE, reason="this system has no huge pages")
+def test_only_large_tensors_ask_for_huge_pages() -> None:
+    for size, asks in ((files.LARGE, True), (files.LARGE - 2, False)):
+        tensor = files.empty((size // 2,), torch.bfloat16, "a")
+        address = tensor.data_ptr()
+        lines = Path("/proc/self/maps").read_text().splitlines()
+        ranges = [[int(end, 16) for end in line.split()[0].split("-")] for line in lines]
+        (line,) = (line for line, (start, end) in zip(lines, ranges, strict=True) if start <= address < end)
+        assert all(("hg" in some) == asks for some in flags(line.split()[0]))
+
+
+@pytest.mark.parametrize("format", [PLAIN, INT8], ids=["plain", "int8"])
+def test_writers_let_the_system_forget_what_is_on_the_disk(
+    tmp_path: Path, format: Format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said, fsync, advise = [], os.fsync, os.posix_fadvise
+
+    def flush(descriptor: int) -> None:
+        fsync(descriptor)
+        said.append((os.fstat(descriptor).st_ino, "on the disk"))
+
+    def forget(descriptor: int, start: int, length: int, advice: int) -> None:
+        assert (start, length, advice) == (0, 0, os.POSIX_FADV_DONTNEED)
+        said.append((os.fstat(descriptor).st_ino, "forgotten"))
+        advise(descriptor, start, length, advice)
+
+    monkeypatch.setattr(os, "fsync", flush)
+    monkeypatch.setattr(os, "posix_fadvise", forget)
+    for file in stored(tmp_path, format).glob("*.safetensors"):
+        assert [what for number, what in said if number == file.stat().st_ino][-2:] == ["on the disk", "forgotten"]
 
 
 # Nothing reaches the file
