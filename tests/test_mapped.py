@@ -352,6 +352,15 @@ def test_a_file_gone_since_its_header_was_read(tmp_path: Path) -> None:
         checkpoint.mapped(["a"])
 
 
+def test_a_file_replaced_since_its_header_was_read(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "model")
+    checkpoint = Safetensors(folder)
+    write_checkpoint(random_model(CONFIG, 1, torch.bfloat16), folder)  # all lies in the same places
+    for read in (lambda: checkpoint.mapped(["lm_head.weight"]), lambda: checkpoint.tensor("lm_head.weight")):
+        with pytest.raises(UserError, match="was replaced since its header was read"):
+            read()
+
+
 def test_no_more_files_may_be_open(tmp_path: Path) -> None:
     """Each that is mapped is held open. What is too many to map is read, while a single one can still be opened."""
     folder = saved(tmp_path / "model", shard_bytes=1)

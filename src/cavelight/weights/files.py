@@ -10,12 +10,12 @@ import os
 import re
 import struct
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -47,6 +47,7 @@ class Safetensors:
         self.folder = folder
         self.entries: dict[str, Entry] = read_headers(folder)
         self._mappings: dict[Path, mmap.mmap | None] = {}
+        self._numbers = {file: _number(file) for file in {entry.file for entry in self.entries.values()}}
 
     def tensor(self, name: str) -> Tensor:
         """The tensor, in memory of its own."""
@@ -84,7 +85,7 @@ class Safetensors:
 
     def _mapping(self, file: Path) -> mmap.mmap | None:
         if file not in self._mappings:
-            with opened(file) as handle:
+            with self._opened(file) as handle:
                 try:
                     mapping = mmap.mmap(handle.fileno(), 0, PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE)
                     self._mappings[file] = _in_huge_pages(mapping)
@@ -92,11 +93,22 @@ class Safetensors:
                     self._mappings[file] = None
         return self._mappings[file]
 
+    @contextmanager
+    def _opened(self, file: Path) -> Iterator[BinaryIO]:
+        with opened(file) as handle:
+            if _number(handle.fileno()) != self._numbers[file]:
+                raise UserError(
+                    f"{file} was replaced since its header was read",
+                    why="weights of two checkpoints would be mixed",
+                    do="give the command again",
+                )
+            yield handle
+
     def _read(self, entry: Entry, skipped: int, shape: tuple[int, ...]) -> Tensor:
         """`shape` elements of a tensor, from the byte after the `skipped` ones on."""
         tensor = _room(shape, entry.dtype, entry.name)
         into = bytes_of(tensor)
-        with opened(entry.file) as handle:
+        with self._opened(entry.file) as handle:
             done = 0
             while done < len(into):
                 at = entry.start + skipped + done
@@ -105,6 +117,15 @@ class Safetensors:
                     raise cut_short(entry.file, os.fstat(handle.fileno()).st_size, entry.start + entry.nbytes)
                 done += got
         return tensor
+
+
+def _number(file: Path | int) -> tuple[int, int]:
+    """What the system knows a file by, whatever its name."""
+    if isinstance(file, Path):
+        with opened(file) as handle:
+            return _number(handle.fileno())
+    found = os.fstat(file)
+    return found.st_dev, found.st_ino
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, name: str) -> Tensor:
