@@ -25,7 +25,7 @@ from cavelight.bench import cases
 from cavelight.bench.cases import Case, measure
 from cavelight.bench.probes import read_bandwidth
 from cavelight.cli.bench import random_model
-from cavelight.disk import file_beside
+from cavelight.disk import file_beside, forget
 from cavelight.run.generate import generate_tokens
 from cavelight.run.quick import without_native
 from cavelight.spec.formats import INT8
@@ -134,14 +134,6 @@ def start(folder: str, way: str, kind: str) -> float:
     began = time.perf_counter()
     read_checkpoint(folder, mapped=way == "mapped", check_finite=kind != "unchecked")
     return time.perf_counter() - began
-
-
-def forget(file: Path) -> None:
-    """Take a file that nobody maps out of the system's memory."""
-    descriptor = os.open(file, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-    os.close(descriptor)
 
 
 def two(folder: Path, way: str) -> list[Memory]:

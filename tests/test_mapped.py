@@ -3,7 +3,10 @@
 import copy
 import os
 import re
+import resource
 from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +21,7 @@ from cavelight.model.transformer import Transformer
 from cavelight.spec.formats import FP8, INT4, INT8, PLAIN, Format
 from cavelight.weights import files
 from cavelight.weights.convert import convert
-from cavelight.weights.files import SINGLE, Safetensors
+from cavelight.weights.files import SINGLE, Entry, Safetensors, layout
 from cavelight.weights.headers import INDEX
 from cavelight.weights.snapshot import read_checkpoint, write_checkpoint
 
@@ -26,7 +29,8 @@ from .reference.tiny import tiny
 from .run_models import random_model
 from .shards import TENSORS, described, same_bits, shard, write
 
-CONFIG = tiny(num_nextn_predict_layers=1, kv_lora_rank=16)
+CONFIG = tiny(num_nextn_predict_layers=1, kv_lora_rank=16, n_routed_experts=12)  # of which the 10th is not the 2nd
+HUGE = Path("/sys/kernel/mm/transparent_hugepage").is_dir()
 TOKENS = torch.tensor([3, 1, 4, 1, 5])
 STACK, SHARED = "model.layers.1.mlp.experts.{}_proj", "model.layers.1.mlp.shared_experts.up_proj"
 
@@ -183,12 +187,14 @@ def test_what_lies_askew_is_read(tmp_path: Path, askew: int) -> None:
 
 def test_stacks_need_one_shape_one_dtype_and_the_right_order(tmp_path: Path) -> None:
     parts = {name: torch.arange(4.0).view(2, 2) + n for n, name in enumerate("abc")}
-    write(tmp_path, {**parts, "long": torch.zeros(4), "half": torch.zeros(2, 2).half()})
+    write(tmp_path, {**parts, "long": torch.zeros(4), "half": torch.zeros(2, 2).half(), "whole": torch.zeros(4).int()})
     checkpoint = Safetensors(tmp_path)
     together = checkpoint.mapped(["a", "b", "c"])
     assert together is not None and torch.equal(together, torch.stack([*parts.values()]))
-    for names in (["b", "a"], ["a", "c"], ["c", "long"], ["c", "half"], ["a", "a"]):
+    for names in (["b", "a"], ["a", "c"], ["c", "long"], ["c", "half"], ["long", "whole"], ["a", "a"]):
         assert checkpoint.mapped(names) is None
+    checkpoint.entries["b"] = replace(checkpoint.entries["b"], file=tmp_path / "another")  # at the same place there
+    assert checkpoint.mapped(["a", "b"]) is None
 
 
 def test_single_tensors_of_every_kind(tmp_path: Path) -> None:
@@ -197,6 +203,63 @@ def test_single_tensors_of_every_kind(tmp_path: Path) -> None:
     views = {name: checkpoint.mapped([name]) for name in checkpoint.entries}
     assert views.pop("empty") is None
     assert all(view is not None and same_bits(view[0], TENSORS[name]) for name, view in views.items())
+
+
+# In huge pages, from one mapping
+
+
+def flags(of: str) -> list[set[str]]:
+    """What the system says of each range of memory whose line in smaps contains `of`."""
+    found, ours = [], False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if re.match(r"[0-9a-f]+-", line):
+            ours = of in line
+        elif ours and line.startswith("VmFlags:"):
+            found.append(set(line.split()[1:]))
+    return found
+
+
+def test_a_file_is_mapped_once_and_asks_for_huge_pages(tmp_path: Path) -> None:
+    folder, before = saved(tmp_path / "model"), len(os.listdir("/proc/self/fd"))
+    model = read_checkpoint(folder)
+    assert len(os.listdir("/proc/self/fd")) == before + 1
+    asked = flags(f"{folder.resolve()}/")
+    assert asked and all("nr" in some for some in asked)  # nothing is set aside for what might be written
+    assert not HUGE or all("hg" in some for some in asked)
+    del model
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.skipif(not HUGE, reason="this system has no huge pages")
+def test_only_large_tensors_ask_for_huge_pages() -> None:
+    for size, asks in ((files.LARGE, True), (files.LARGE - 2, False)):
+        tensor = files.empty((size // 2,), torch.bfloat16, "a")
+        address = tensor.data_ptr()
+        lines = Path("/proc/self/maps").read_text().splitlines()
+        ranges = [[int(end, 16) for end in line.split()[0].split("-")] for line in lines]
+        (line,) = (line for line, (start, end) in zip(lines, ranges, strict=True) if start <= address < end)
+        assert all(("hg" in some) == asks for some in flags(line.split()[0]))
+
+
+@pytest.mark.parametrize("format", [PLAIN, INT8], ids=["plain", "int8"])
+def test_writers_let_the_system_forget_what_is_on_the_disk(
+    tmp_path: Path, format: Format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said, fsync, advise = [], os.fsync, os.posix_fadvise
+
+    def flush(descriptor: int) -> None:
+        fsync(descriptor)
+        said.append((os.fstat(descriptor).st_ino, "on the disk"))
+
+    def forget(descriptor: int, start: int, length: int, advice: int) -> None:
+        assert (start, length, advice) == (0, 0, os.POSIX_FADV_DONTNEED)
+        said.append((os.fstat(descriptor).st_ino, "forgotten"))
+        advise(descriptor, start, length, advice)
+
+    monkeypatch.setattr(os, "fsync", flush)
+    monkeypatch.setattr(os, "posix_fadvise", forget)
+    for file in stored(tmp_path, format).glob("*.safetensors"):
+        assert [what for number, what in said if number == file.stat().st_ino][-2:] == ["on the disk", "forgotten"]
 
 
 # Nothing reaches the file
@@ -289,6 +352,37 @@ def test_a_file_gone_since_its_header_was_read(tmp_path: Path) -> None:
         checkpoint.mapped(["a"])
 
 
+def test_a_file_replaced_since_its_header_was_read(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "model")
+    checkpoint = Safetensors(folder)
+    write_checkpoint(random_model(CONFIG, 1, torch.bfloat16), folder)  # all lies in the same places
+    for read in (lambda: checkpoint.mapped(["lm_head.weight"]), lambda: checkpoint.tensor("lm_head.weight")):
+        with pytest.raises(UserError, match="was replaced since its header was read"):
+            read()
+
+
+def test_no_more_files_may_be_open(tmp_path: Path) -> None:
+    """Each that is mapped is held open. What is too many to map is read, while a single one can still be opened."""
+    folder = saved(tmp_path / "model", shard_bytes=1)
+    expected = answer(read_checkpoint(folder))
+    limits, held = resource.getrlimit(resource.RLIMIT_NOFILE), [os.open(os.devnull, os.O_RDONLY)]
+    some = held[0] + 5  # descriptors are given out from the lowest on
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (some, limits[1]))
+        model = read_checkpoint(folder)
+        assert 0 < len(in_files(model, folder)) < len(numbers(model))
+        with suppress(OSError):
+            while True:
+                held.append(os.open(os.devnull, os.O_RDONLY))
+        with pytest.raises(UserError, match=r"Too many open files. Do: let this process hold more files open"):
+            Safetensors(folder)
+    finally:
+        for one in held:
+            os.close(one)
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert torch.equal(answer(model), expected)
+
+
 # Reading instead
 
 
@@ -313,10 +407,28 @@ def test_memory_for_what_is_read(system: str, monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.delattr(files.mmap, "MADV_HUGEPAGE", raising=False)
     for dtype in (torch.float32, torch.bfloat16, torch.int32):
         for shape in ((3, 5), (3, 1024, 1537), (0, 7)):
-            tensor = files.empty(shape, dtype)
+            tensor = files.empty(shape, dtype, "a")
             assert tensor.shape == shape and tensor.dtype == dtype and tensor.is_contiguous()
             tensor.copy_(torch.arange(tensor.numel()).view(shape) % 100)
             assert tensor.sum(dtype=torch.float64) == (torch.arange(tensor.numel()) % 100).sum()
+
+
+def test_no_memory_for_what_is_read() -> None:
+    with pytest.raises(UserError, match=r"There is not enough memory for a. Got: 4,611,686,018,427,387,904 bytes"):
+        files.empty((2**60,), torch.float32, "a")  # more than any address space holds
+
+
+def test_a_file_larger_than_memory_is_mapped(tmp_path: Path) -> None:
+    """Reading it instead would need the memory that is not there."""
+    if Path("/proc/sys/vm/overcommit_memory").read_text().strip() == "2":
+        pytest.skip("this system counts all that might be written")
+    kilobytes = dict(re.findall(r"(\w+): +(\d+) kB", Path("/proc/meminfo").read_text()))
+    count = (int(kilobytes["MemTotal"]) + int(kilobytes["SwapTotal"]) + 2**20) << 10
+    file = layout([Entry("a", (count,), torch.uint8)], count)[0]
+    (tmp_path / SINGLE).write_bytes(file.header)
+    os.truncate(tmp_path / SINGLE, file.nbytes)  # a hole
+    view = Safetensors(tmp_path).mapped(["a"])
+    assert view is not None and view.shape == (1, count) and not view[0, -1]
 
 
 def test_systems_that_do_not_forget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,12 +9,13 @@ import mmap
 import os
 import re
 import struct
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -27,6 +28,9 @@ __all__ = ["INDEX", "SINGLE", "Entry", "Safetensors", "Shard", "abbreviated", "i
 SWITCH = "CAVELIGHT_MAPPED"  # 0: weights to run are read, not mapped
 SHARD_BYTES = 4 * 2**30
 EXPERT = re.compile(r"(.*\.experts)\.\d+(\.\w+)\..*")  # a tensor of one expert
+# Nothing is set aside for pages that may be written, else a file larger than memory would be refused.
+# Older Pythons have no name for that.
+PRIVATE = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
 LARGE = 2**23  # bytes of a tensor from which huge pages, of 2 MB, are worth asking for
 PIECE = 2**26  # bytes read at a time: Ctrl-C is heard between two pieces
 
@@ -43,6 +47,7 @@ class Safetensors:
         self.folder = folder
         self.entries: dict[str, Entry] = read_headers(folder)
         self._mappings: dict[Path, mmap.mmap | None] = {}
+        self._numbers = {file: _number(file) for file in {entry.file for entry in self.entries.values()}}
 
     def tensor(self, name: str) -> Tensor:
         """The tensor, in memory of its own."""
@@ -80,23 +85,30 @@ class Safetensors:
 
     def _mapping(self, file: Path) -> mmap.mmap | None:
         if file not in self._mappings:
-            with opened(file) as handle:
+            with self._opened(file) as handle:
                 try:
-                    self._mappings[file] = _in_huge_pages(mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_COPY))
+                    mapping = mmap.mmap(handle.fileno(), 0, PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE)
+                    self._mappings[file] = _in_huge_pages(mapping)
                 except (OSError, ValueError):  # its file system cannot, or it is empty by now, which reading tells
                     self._mappings[file] = None
         return self._mappings[file]
 
+    @contextmanager
+    def _opened(self, file: Path) -> Iterator[BinaryIO]:
+        with opened(file) as handle:
+            if _number(handle.fileno()) != self._numbers[file]:
+                raise UserError(
+                    f"{file} was replaced since its header was read",
+                    why="weights of two checkpoints would be mixed",
+                    do="give the command again",
+                )
+            yield handle
+
     def _read(self, entry: Entry, skipped: int, shape: tuple[int, ...]) -> Tensor:
         """`shape` elements of a tensor, from the byte after the `skipped` ones on."""
-        try:
-            tensor = torch.empty(shape, dtype=entry.dtype)
-        except RuntimeError as error:  # torch has no error of its own for this
-            raise UserError(
-                f"There is not enough memory for {entry.name}", got=f"{entry.nbytes:,} bytes in {entry.file}"
-            ) from error
+        tensor = _room(shape, entry.dtype, entry.name)
         into = bytes_of(tensor)
-        with opened(entry.file) as handle:
+        with self._opened(entry.file) as handle:
             done = 0
             while done < len(into):
                 at = entry.start + skipped + done
@@ -107,13 +119,30 @@ class Safetensors:
         return tensor
 
 
-def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """As torch.empty; large ones ask for huge pages, over which weights are read faster."""
+def _number(file: Path | int) -> tuple[int, int]:
+    """What the system knows a file by, whatever its name."""
+    if isinstance(file, Path):
+        with opened(file) as handle:
+            return _number(handle.fileno())
+    found = os.fstat(file)
+    return found.st_dev, found.st_ino
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype, name: str) -> Tensor:
+    """As torch.empty, for the weights `name`; large ones ask for huge pages, over which weights are read faster."""
     size = math.prod(shape) * dtype.itemsize
     if size >= LARGE:
         with suppress(OSError):  # so much memory is not there, which torch tells
             return torch.frombuffer(_in_huge_pages(mmap.mmap(-1, size)), dtype=dtype).view(*shape)
-    return torch.empty(shape, dtype=dtype)
+    return _room(shape, dtype, name)
+
+
+def _room(shape: Sequence[int], dtype: torch.dtype, name: str) -> Tensor:
+    try:
+        return torch.empty(shape, dtype=dtype)
+    except RuntimeError as error:  # torch has no error of its own for this
+        size = math.prod(shape) * dtype.itemsize
+        raise UserError(f"There is not enough memory for {name}", got=f"{size:,} bytes") from error
 
 
 def _in_huge_pages(memory: mmap.mmap) -> mmap.mmap:

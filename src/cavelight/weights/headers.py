@@ -5,6 +5,7 @@ and the tensors' bytes. Nothing in it is believed that the file's size does not 
 header that is not sound as a whole: names, shapes and dtypes, tensors side by side from the first byte to the last.
 """
 
+import errno
 import json
 import math
 import os
@@ -268,12 +269,10 @@ def opened(file: Path) -> Iterator[BinaryIO]:
             do="complete the download",
         ) from error
     except OSError as error:
-        denied = isinstance(error, PermissionError)
-        raise UserError(
-            f"{file} cannot be read",
-            got=error.strerror or str(error),
-            do="ask for permission to read it" if denied else DOWNLOAD_AGAIN,
-        ) from error
+        do = "ask for permission to read it" if isinstance(error, PermissionError) else DOWNLOAD_AGAIN
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            do = "let this process hold more files open (ulimit -n); each file that is mapped is one"
+        raise UserError(f"{file} cannot be read", got=error.strerror or str(error), do=do) from error
 
 
 def cut_short(file: Path, size: int, announced: int) -> UserError:

@@ -89,7 +89,7 @@ def read_checkpoint(
     dtypes = {"model": dtype, "float32": torch.float32}
     lying = _lying(checkpoint, wanted, dtypes) if mapped else {}
     ours = lying | {
-        p.name: empty(p.shape, dtypes[p.dtype]) for p in parameters(config) if p.name not in gone | lying.keys()
+        p.name: empty(p.shape, dtypes[p.dtype], p.name) for p in parameters(config) if p.name not in gone | lying.keys()
     }
     for tensor in wanted:
         if tensor.parts[0].name in gone and (checkpoint.format.kind == "int" or not check_finite):

@@ -127,7 +127,7 @@ class Checkpoint:
             view = self.files.mapped(stored) if mapped else None
             if view is None:
                 entry = self._entry(stored[0])
-                view = empty((len(stored), *entry.shape), entry.dtype)
+                view = empty((len(stored), *entry.shape), entry.dtype, entry.name)
                 for number, name in enumerate(stored):
                     view[number] = self.files.tensor(name)
             if suffix.startswith("weight_scale"):
