@@ -1,6 +1,7 @@
 """Weights that stay in their files: the same to the bit, never written to, shared; and those that are read instead."""
 
 import copy
+import math
 import os
 import re
 import resource
@@ -169,6 +170,37 @@ def test_stacks_are_kept_together(tmp_path: Path) -> None:
         assert sum(entry.nbytes for entry in experts) > 2_000
     assert (folder / INDEX).is_file()
     assert {name for file in folder.glob("*.safetensors") for name in load_file(file)} == set(names)
+
+
+@pytest.mark.parametrize("limit", [2_000, 20_000])
+def test_only_one_stack_for_itself_makes_a_shard_larger_than_asked_for(tmp_path: Path, limit: int) -> None:
+    folder = saved(tmp_path / "model", shard_bytes=limit)
+    entries = list(Safetensors(folder).entries.values())
+    large = 0
+    for file in {entry.file for entry in entries}:
+        there = [entry for entry in entries if entry.file == file]
+        stacks = {re.sub(r"\.experts\.\d+", "", entry.name) for entry in there}
+        large += sum(entry.nbytes for entry in there) > limit
+        assert len(stacks) == 1 or sum(entry.nbytes for entry in there) <= limit
+    assert (large > 0) == (limit == 2_000)
+
+
+@pytest.mark.parametrize(
+    ("format", "name", "said"),
+    [
+        *((PLAIN, f"{name}.weight", "numbers that are not finite") for name in (STACK.format("3.up"), SHARED)),
+        *((INT8, f"{name}.weight_scale", "scales that are not") for name in (STACK.format("3.up"), SHARED)),
+        (PLAIN, "model.layers.2.shared_head.head.weight", "numbers that are not finite"),  # a copy
+    ],
+)
+def test_a_nan_where_it_lies_is_found(tmp_path: Path, format: Format, name: str, said: str) -> None:
+    folder = stored(tmp_path, format)
+    entry = Safetensors(folder).entries[name]
+    with open(entry.file, "r+b") as handle:
+        handle.seek(entry.start + entry.nbytes - 2)
+        handle.write(torch.tensor([math.nan], dtype=torch.bfloat16).view(torch.uint8).numpy().tobytes())
+    with pytest.raises(UserError, match=said):
+        read_checkpoint(folder, mapped=True)
 
 
 @pytest.mark.parametrize("askew", [0, 1, 2, 3, 4])
@@ -394,6 +426,18 @@ def test_the_switch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(files.SWITCH, "0")
     assert not in_files(load(folder)[0], folder)
     assert in_files(load(folder, mapped=True)[0], folder)
+    monkeypatch.setenv(files.SWITCH, "1")
+    assert in_files(load(folder)[0], folder)
+
+
+def test_copies_are_compared_with_what_lies(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "model")
+    entry = Safetensors(folder).entries["lm_head.weight"]
+    with open(entry.file, "r+b") as handle:
+        handle.seek(entry.start)
+        handle.write(bytes(2))
+    with pytest.raises(UserError, match=r"is not a copy of lm_head.weight. Got: 1 of"):
+        read_checkpoint(folder)
 
 
 @pytest.mark.parametrize("system", ["as it is", "that refuses", "that knows none"])
