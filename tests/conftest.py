@@ -1,6 +1,7 @@
 """Fixtures for all tests."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,10 @@ from cavelight.run.quick import BUILD, without_native
 
 # The models of tests are so small that a second thread only waits, above all on a busy machine.
 torch.set_num_threads(1)
+
+# A shell ignores Ctrl-C for what it starts in the background, and so would the commands that tests start and stop.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

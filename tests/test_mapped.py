@@ -2,6 +2,7 @@
 
 import copy
 import math
+import mmap
 import os
 import re
 from collections.abc import Iterator
@@ -210,14 +211,20 @@ def test_a_file_is_mapped_once_and_asks_for_huge_pages(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not HUGE, reason="this system has no huge pages")
-def test_only_large_tensors_ask_for_huge_pages() -> None:
-    for size, asks in ((files.LARGE, True), (files.LARGE - 2, False)):
-        tensor = files.empty((size // 2,), torch.bfloat16, "a")
-        address = tensor.data_ptr()
-        lines = Path("/proc/self/maps").read_text().splitlines()
-        ranges = [[int(end, 16) for end in line.split()[0].split("-")] for line in lines]
-        (line,) = (line for line, (start, end) in zip(lines, ranges, strict=True) if start <= address < end)
-        assert all(("hg" in some) == asks for some in flags(line.split()[0]))
+def test_only_large_tensors_ask_for_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    mapped, real = list[int](), files._in_huge_pages
+
+    def recorded(memory: mmap.mmap) -> mmap.mmap:
+        mapped.append(len(memory))
+        return real(memory)
+
+    monkeypatch.setattr(files, "_in_huge_pages", recorded)
+    small, large = (files.empty((size // 2,), torch.bfloat16, "a") for size in (files.LARGE - 2, files.LARGE))
+    assert mapped == [large.nbytes] and small.nbytes == files.LARGE - 2
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    ranges = [[int(end, 16) for end in line.split()[0].split("-")] for line in lines]
+    (line,) = (line for line, (start, end) in zip(lines, ranges, strict=True) if start <= large.data_ptr() < end)
+    assert all("hg" in some for some in flags(line.split()[0]))
 
 
 @pytest.mark.parametrize("format", [PLAIN, INT8], ids=["plain", "int8"])

@@ -79,10 +79,11 @@ def test_no_more_files_may_be_open(tmp_path: Path) -> None:
     """Each that is mapped is held open. What is too many to map is read, while a single one can still be opened."""
     folder = saved(tmp_path / "model", shard_bytes=1)
     expected = answer(read_checkpoint(folder))
-    limits, held = resource.getrlimit(resource.RLIMIT_NOFILE), [os.open(os.devnull, os.O_RDONLY)]
-    some = held[0] + 5  # descriptors are given out from the lowest on
+    limits, held = resource.getrlimit(resource.RLIMIT_NOFILE), [os.open(os.devnull, os.O_RDONLY) for _ in range(5)]
     try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (some, limits[1]))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (held[-1] + 1, limits[1]))  # the lowest are given out first
+        while held:
+            os.close(held.pop())
         model = read_checkpoint(folder)
         assert 0 < len(in_files(model, folder)) < len(numbers(model))
         with suppress(OSError):
