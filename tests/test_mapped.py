@@ -2,7 +2,6 @@
 
 import copy
 import math
-import mmap
 import os
 import re
 from collections.abc import Iterator
@@ -17,7 +16,6 @@ from torch import Tensor
 from cavelight.api import Engine, Request
 from cavelight.errors import UserError
 from cavelight.spec.formats import FP8, INT4, INT8, PLAIN, Format
-from cavelight.weights import files
 from cavelight.weights.files import SINGLE, Safetensors
 from cavelight.weights.headers import INDEX
 from cavelight.weights.snapshot import read_checkpoint, write_checkpoint
@@ -208,23 +206,6 @@ def test_a_file_is_mapped_once_and_asks_for_huge_pages(tmp_path: Path) -> None:
     assert not HUGE or all("hg" in some for some in asked)
     del model
     assert len(os.listdir("/proc/self/fd")) == before
-
-
-@pytest.mark.skipif(not HUGE, reason="this system has no huge pages")
-def test_only_large_tensors_ask_for_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    mapped, real = list[int](), files._in_huge_pages
-
-    def recorded(memory: mmap.mmap) -> mmap.mmap:
-        mapped.append(len(memory))
-        return real(memory)
-
-    monkeypatch.setattr(files, "_in_huge_pages", recorded)
-    small, large = (files.empty((size // 2,), torch.bfloat16, "a") for size in (files.LARGE - 2, files.LARGE))
-    assert mapped == [large.nbytes] and small.nbytes == files.LARGE - 2
-    lines = Path("/proc/self/maps").read_text().splitlines()
-    ranges = [[int(end, 16) for end in line.split()[0].split("-")] for line in lines]
-    (line,) = (line for line, (start, end) in zip(lines, ranges, strict=True) if start <= large.data_ptr() < end)
-    assert all("hg" in some for some in flags(line.split()[0]))
 
 
 @pytest.mark.parametrize("format", [PLAIN, INT8], ids=["plain", "int8"])

@@ -123,15 +123,7 @@ def test_copies_are_compared_with_what_lies(tmp_path: Path) -> None:
         read_checkpoint(folder)
 
 
-@pytest.mark.parametrize("system", ["as it is", "that refuses", "that knows none"])
-def test_memory_for_what_is_read(system: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*arguments: object, **named: object) -> None:
-        raise OSError(12, "Cannot allocate memory")
-
-    if system == "that refuses":
-        monkeypatch.setattr(files.mmap, "mmap", refuse)
-    elif system == "that knows none":
-        monkeypatch.delattr(files.mmap, "MADV_HUGEPAGE", raising=False)
+def test_memory_for_what_is_read() -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.int32):
         for shape in ((3, 5), (3, 1024, 1537), (0, 7)):
             tensor = files.empty(shape, dtype, "a")

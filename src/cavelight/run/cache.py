@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cavelight.kernels import attend
 from cavelight.kernels.native import Places
+from cavelight.kernels.room import zeros
 from cavelight.run.rows import pack, row_width, unpack
 from cavelight.spec.config import ModelConfig
 
@@ -31,7 +32,7 @@ class LatentCache:
     ) -> None:
         self.limit, self.C = config.max_position_embeddings, config.kv_lora_rank
         shape = (config.num_layers_with_mtp, min(capacity, self.limit), row_width(config, dtype))
-        self.rows_MSW = torch.empty(shape, dtype=dtype, device=device)
+        self.rows_MSW = zeros(shape, dtype, device)
 
     def at(self, start: int, form: Form | None = None) -> "CachedAttend":
         """`Attend` for one step whose tokens stand at positions `start`, `start` + 1, ...
@@ -53,7 +54,8 @@ class LatentCache:
         if length <= capacity:
             return
         assert length <= self.limit, f"position {length - 1} in a context of {self.limit}"
-        grown_MSW = self.rows_MSW.new_empty(layers, min(max(length, 2 * capacity), self.limit), width)
+        shape = (layers, min(max(length, 2 * capacity), self.limit), width)
+        grown_MSW = zeros(shape, self.rows_MSW.dtype, self.rows_MSW.device)
         grown_MSW[:, :capacity] = self.rows_MSW
         self.rows_MSW = grown_MSW
 

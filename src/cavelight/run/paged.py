@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cavelight.kernels import attend
 from cavelight.kernels.native import Places
+from cavelight.kernels.room import zeros
 from cavelight.run.pages import Copy
 from cavelight.run.rows import pack, row_width, unpack
 from cavelight.spec.config import ModelConfig
@@ -40,9 +41,7 @@ class PagedCache:
         self, config: ModelConfig, pages: int, size: int, dtype: torch.dtype, device: torch.device | None = None
     ) -> None:
         self.size = size
-        self.rows_MZW = torch.zeros(
-            config.num_layers_with_mtp, pages * size, row_width(config, dtype), dtype=dtype, device=device
-        )
+        self.rows_MZW = zeros((config.num_layers_with_mtp, pages * size, row_width(config, dtype)), dtype, device)
 
     def copy(self, copies: Sequence[Copy]) -> None:
         """Pages onto others, in this order."""

@@ -11,7 +11,7 @@ import re
 import struct
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from cavelight.errors import UserError
+from cavelight.kernels.room import LARGE, in_huge_pages, zeros
 from cavelight.weights.headers import CODES, INDEX, SINGLE, Entry, abbreviated, cut_short, opened, read_headers
 
 __all__ = ["INDEX", "SINGLE", "Entry", "Safetensors", "Shard", "abbreviated", "index_of", "layout", "write_safetensors"]
@@ -31,7 +32,6 @@ EXPERT = re.compile(r"(.*\.experts)\.\d+(\.\w+)\..*")  # a tensor of one expert
 # Nothing is set aside for pages that may be written, else a file larger than memory would be refused.
 # Older Pythons have no name for that.
 PRIVATE = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
-LARGE = 2**23  # bytes of a tensor from which huge pages, of 2 MB, are worth asking for
 PIECE = 2**26  # bytes read at a time: Ctrl-C is heard between two pieces
 
 
@@ -88,7 +88,7 @@ class Safetensors:
             with self._opened(file) as handle:
                 try:
                     mapping = mmap.mmap(handle.fileno(), 0, PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE)
-                    self._mappings[file] = _in_huge_pages(mapping)
+                    self._mappings[file] = in_huge_pages(mapping)
                 except (OSError, ValueError):  # its file system cannot, or it is empty by now, which reading tells
                     self._mappings[file] = None
         return self._mappings[file]
@@ -106,7 +106,7 @@ class Safetensors:
 
     def _read(self, entry: Entry, skipped: int, shape: tuple[int, ...]) -> Tensor:
         """`shape` elements of a tensor, from the byte after the `skipped` ones on."""
-        tensor = _room(shape, entry.dtype, entry.name)
+        tensor = empty(shape, entry.dtype, entry.name)
         into = bytes_of(tensor)
         with self._opened(entry.file) as handle:
             done = 0
@@ -131,25 +131,10 @@ def _number(file: Path | int) -> tuple[int, int]:
 def empty(shape: Sequence[int], dtype: torch.dtype, name: str) -> Tensor:
     """As torch.empty, for the weights `name`; large ones ask for huge pages, over which weights are read faster."""
     size = math.prod(shape) * dtype.itemsize
-    if size >= LARGE:
-        with suppress(OSError):  # so much memory is not there, which torch tells
-            return torch.frombuffer(_in_huge_pages(mmap.mmap(-1, size)), dtype=dtype).view(*shape)
-    return _room(shape, dtype, name)
-
-
-def _room(shape: Sequence[int], dtype: torch.dtype, name: str) -> Tensor:
     try:
-        return torch.empty(shape, dtype=dtype)
+        return (zeros if size >= LARGE else torch.empty)(shape, dtype=dtype)
     except RuntimeError as error:  # torch has no error of its own for this
-        size = math.prod(shape) * dtype.itemsize
         raise UserError(f"There is not enough memory for {name}", got=f"{size:,} bytes") from error
-
-
-def _in_huge_pages(memory: mmap.mmap) -> mmap.mmap:
-    """Where the system has them; of a file, for what is not in memory yet."""
-    with suppress(OSError, AttributeError):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return memory
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,7 +36,7 @@ struct Piece {  // of one sequence's past, for all its queries
 };
 
 constexpr int64_t BLOCK = 128;  // positions that are looked at together
-constexpr int64_t LATER = 64;   // so many after a row, another one is fetched meanwhile
+constexpr int64_t LATER = 32;   // so many after a row, another one is fetched meanwhile
 constexpr int ROWS = 16;        // looked at at once,
 constexpr int COLUMNS = 96;     // and of each so many numbers, which a core's first cache holds
 constexpr float LOWEST = -3.4e38f;  // below every score: minus infinity would be NaN where it is subtracted from itself
@@ -92,7 +92,7 @@ inline float number(const uint8_t *row, int64_t i, int64_t C) {
     return value<kind>(row, i);
 }
 
-// Where a row's number i stands when it is scored: of 32 in bfloat16 first those at even places, then those at odd
+// Where a row's number i stands while it is worked on: of 32 in bfloat16 first those at even places, then those at odd
 // ones, since so they are quickest to widen.
 inline int64_t place(int64_t i, int64_t L, int64_t kind) {
     return kind == BFLOAT16 && i < L / 32 * 32 ? i / 32 * 32 + i % 2 * LANES + i % 32 / 2 : i;
@@ -107,6 +107,13 @@ inline void unfold(const uint8_t *row, int64_t i, int64_t C, float *to) {
     } else {
         store(to, numbers<kind>(row, i, C)), store(to + LANES, numbers<kind>(row, i + LANES, C));
     }
+}
+
+// 32 numbers in the order of `place` in bfloat16, back in their own.
+inline void fold(float *numbers) {
+    v16 even = load<v16>(numbers), odd = load<v16>(numbers + LANES);
+    store(numbers, BOTH(even, odd, {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23}));
+    store(numbers + LANES, BOTH(even, odd, {8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31}));
 }
 
 // scores[g][row][lane] of sixteen rows for all groups' queries [G][L][16], each number at its `place`.
@@ -139,17 +146,27 @@ inline void score(const Past &past, const uint8_t *const *rows, const uint8_t *n
     }
 }
 
-// mixed[lane][c] = mixed * keep[lane] + sum of weights[row][lane] * rows[row][c]; fresh: there is no `mixed` yet.
+// mixed[lane][c] = mixed * keep[lane] + sum of weights[row][lane] * rows[row][c], each c at its `place`; fresh: there is
+// no `mixed` yet.
 template <int kind>
 inline void mix(const uint8_t *const *rows, int64_t count, int64_t C, const float *weights, const float *keep,
                 bool fresh, float *mixed) {
     for (int64_t c = 0; c < C; c += LANES) {
         v16 sums[LANES];
         EACH for (int i = 0; i < LANES; i++) sums[i] = fresh ? v16{} : load<v16>(mixed + i * C + c) * keep[i];
-        for (int64_t s = 0; s < count; s++) {
-            v16 row = numbers<kind>(rows[s], c, C);
-            EACH for (int i = 0; i < LANES; i++) sums[i] += row * weights[s * LANES + i];
-        }
+        auto add = [&](auto sixteen) {
+            for (int64_t s = 0; s < count; s++) {
+                v16 row = sixteen(rows[s]);
+                EACH for (int i = 0; i < LANES; i++) sums[i] += row * weights[s * LANES + i];
+            }
+        };
+        const int64_t both = 2 * (c / 32 * 32);  // where even and odd places begin
+        if (kind != BFLOAT16 || c >= C / 32 * 32)
+            add([&](const uint8_t *row) { return numbers<kind>(row, c, C); });
+        else if (c % 32)
+            add([&](const uint8_t *row) { return as_float(load<i16>(row + both) & ~0xffff); });
+        else
+            add([&](const uint8_t *row) { return as_float(load<i16>(row + both) << 16); });
         EACH for (int i = 0; i < LANES; i++) store(mixed + i * C + c, sums[i]);
     }
 }

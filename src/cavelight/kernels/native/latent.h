@@ -92,6 +92,8 @@ inline void gather(const Layer &l, const Step &s, int64_t n, int64_t query, Room
         for (int64_t c = 0; c < l.C; c++) mixed[c] += weight * from[c];
     }
     for (int64_t c = 0; c < l.C; c++) mixed[c] /= total;
+    if (s.past.kind == BFLOAT16)
+        for (int64_t c = 0; c < l.C / 32 * 32; c += 32) fold(mixed + c);
 }
 
 }  // namespace cavelight
