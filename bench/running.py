@@ -282,10 +282,12 @@ def asked_for(by_name: dict[str, dict[str, Row]], price: tuple[float, float], me
     also = f" Not reached: {'; '.join(shares)}." if shares else ""
     one, five = by_name["bfloat16"]["decoding at 16,384"], by_name["bfloat16"]["verifying 5 at 16,384"]
     times, more = five.ours.typical / one.ours.typical, five.ours.read / one.ours.read
+    reading, products = times * five.bandwidth_share, times * five.peak_share
     return f"""\
 - Asked for and reached: {len(asked) - len(missed)} of {len(ASKED)} shares.{also}
 - Verifying 5 tokens at a depth of 16,384 takes {times:.2f} times one token (asked: at most 1.5). With random weights
-  five tokens meet other experts: they have to read {more:.2f} times as much, so that no program can do it in less.
+  five tokens meet other experts: they have to read {more:.2f} times as much. At the measured limits reading alone would
+  take {reading:.2f} times one token, multiplying alone {products:.2f} times.
 - A prompt of 4,096 tokens takes {memory / 1e6:,.0f} MB beside the weights and its cache (asked: under 500).
 - `Engine(invariant=True)`, in bfloat16: a prompt of 512 tokens takes {price[0]:.2f} times as long, a step of 16
   sequences {price[1]:.2f} times."""
