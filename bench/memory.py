@@ -204,7 +204,8 @@ class Bench:
             changes["data.tokenizer"] = self.tokenizer
         told = [part for key, value in changes.items() for part in ("--set", f"{key}={value}")]
         self.command("rm", "-rf", self.run_folder)
-        _, peak = self.measured(case.threads, "train", recipe, "--json", "--out", self.run_folder, *told)
+        words = ["--slow-saves", "train", recipe, "--json", "--out", self.run_folder, *told]
+        _, peak = self.measured(case.threads, *words)
         return peak
 
     def decode(self, case: Decoding) -> Decoded:

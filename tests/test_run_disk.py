@@ -3,11 +3,13 @@
 import errno
 import os
 import time
+import weakref
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
+from bench.peak import slow_saves
 from typer.testing import CliRunner
 
 from cavelight.cli.main import app
@@ -15,8 +17,8 @@ from cavelight.data.batches import Batch, Batches
 from cavelight.errors import UserError
 from cavelight.spec.events import Evaluated, Event, Note, Sampled, Saved, Step
 from cavelight.spec.recipe import Recipe
-from cavelight.train import checkpoints, loop, metrics, step
-from cavelight.train.checkpoints import saved_steps
+from cavelight.train import checkpoints, loop, metrics, state, step
+from cavelight.train.checkpoints import Snapshot, saved_steps
 from cavelight.train.metrics import OF_THE_CLOCK
 from cavelight.train.state import RunFolder, read_metrics
 
@@ -151,3 +153,21 @@ def test_a_damaged_line_of_a_log_is_named_and_a_last_one_that_is_not_ended_left_
     shown = CliRunner().invoke(app, ["look", str(tmp_path)])
     assert shown.exit_code == 2
     assert "metrics.jsonl:2 is damaged" in shown.stderr
+
+
+def test_on_a_slow_disk_there_is_one_copy_of_the_state(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[weakref.ref[Snapshot]] = []
+    other: list[int] = []
+
+    def take(*arguments: Any) -> Snapshot:
+        other.append(sum(snapshot() is not None for snapshot in taken))
+        snapshot = state.take(*arguments)
+        taken.append(weakref.ref(snapshot))
+        return snapshot
+
+    monkeypatch.setattr(loop, "take", take)
+    with slow_saves():  # each is under way until the next one begins
+        loop.train(changed(recipe, save_every=1, keep_saves=2), tmp_path / "run")
+    assert len(other) > 5 and not any(other) and saved_steps(RunFolder(tmp_path / "run").saves) == [5, 6]

@@ -61,6 +61,7 @@ def training_here(
         "masters": 4 * elements if b == 2 else 0,
         "optimizer": both * elements,
         "save under way": (4 + both) * elements,  # a copy of masters and moments, written while training goes on
+        "export under way": b * elements if b == 2 else 0,  # the model made of it; in float32 it is that copy
         "activations and gradients": churn,
         "holes": round(HOLES * side * 4 * elements),
         "runtime": runtime,

@@ -314,7 +314,7 @@ class _Run:
             if last:
                 raise
             return self.saves.failed(error)
-        snapshot = take(self.model, self.optimizer, self.ema, self.progress)
+        snapshot = partial(take, self.model, self.optimizer, self.ema, self.progress)
         self.saves.begin(snapshot, self.model, self.data.tokenizer, why)
 
 

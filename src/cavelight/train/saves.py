@@ -45,9 +45,13 @@ class Saves:
         by_time = minutes is not None and time.monotonic() - self._began >= 60 * minutes
         return by_time or (every is not None and step % every == 0)
 
-    def begin(self, snapshot: Snapshot, model: Transformer, tokenizer: Tokenizer, why: str) -> None:
-        """Start to write `snapshot`, of which the model gives the shape alone. Waits for the save before it."""
+    def begin(self, take: Callable[[], Snapshot], model: Transformer, tokenizer: Tokenizer, why: str) -> None:
+        """Start to write what `take` gives, of which the model gives the shape alone.
+
+        It is taken when the save before it is written, so that there is never more than one copy of the run's state.
+        """
         self._tell(wait=True)
+        snapshot = take()
         self._began, self._under_way = time.monotonic(), (snapshot.step, why)
         exports = {path: partial(plain_model, snapshot, file, model) for file, path in self.exports.items()}
         stands, keep, keep_every = self._stands == snapshot.step, self.recipe.keep_saves, self.recipe.keep_every
