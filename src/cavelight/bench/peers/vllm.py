@@ -1,0 +1,136 @@
+"""vLLM on the same checkpoint, in a process of its own: its interpreter may be another one, with another torch."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryFile
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+
+from cavelight.bench.cases import LEAST, MOST, SECONDS, Case, Measured
+from cavelight.bench.peers import vllm_child
+from cavelight.bench.peers.subject import DEEPEST, Subject, check_same, failed
+from cavelight.errors import UserError
+from cavelight.spec.config import ModelConfig
+from cavelight.spec.cost import stored_bytes_per_token
+
+GENERATED = 16  # steps of a decoding that are timed: it cannot stay at one depth
+CACHE = 4  # GiB that it may take for its cache
+PROBE = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
+
+
+class Vllm:
+    """A child that has opened the checkpoint once, and measures a case when it is asked to; a context manager.
+
+    It gets as many threads as torch has and 4 GiB for its cache, and sees no GPU; attention, batches and compilation
+    are what it chooses itself. Raises UserError where it cannot open or compute the model.
+    """
+
+    name = "vLLM"
+
+    def __init__(self, subject: Subject, program: Path) -> None:
+        config = subject.config
+        check_same(self.name, config, subject.dtype)
+        self.context = min(config.max_position_embeddings, room(config, subject.dtype) // 2)
+        self.room = room(config, subject.dtype)
+        self.said = TemporaryFile("w+", errors="replace")
+        self.child = subprocess.Popen(
+            [str(program), vllm_child.__file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.said,
+            text=True,
+            env=os.environ | surroundings(),
+        )
+        asked = {
+            "model": str(subject.folder().resolve()),
+            "dtype": str(subject.dtype).removeprefix("torch."),
+            "context": self.context,
+            "vocabulary": config.vocab_size,
+        }
+        try:
+            ready = self._ask(asked)
+            self.version, self.sequences = str(ready["version"]), int(ready["sequences"])
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def takes(self, case: Case) -> bool:
+        """Within the sequences and the room of its cache."""
+        length = case.depth + case.tokens + GENERATED + vllm_child.WARM + 1
+        fits = length <= self.context and case.batch * length <= self.room and case.batch <= self.sequences
+        return fits and case.kind in ("prompt", "decoding") and case.depth <= DEEPEST
+
+    def measure(self, case: Case) -> Measured:
+        """As `cases.measure`, but its past is computed, before the time that counts, and grows with every step."""
+        if case.kind == "prompt":
+            asked = {"kind": "prompt", "tokens": case.tokens, "least": LEAST, "most": MOST, "seconds": SECONDS}
+        else:
+            asked = {"kind": "decoding", "depth": case.depth, "batch": case.batch, "steps": GENERATED}
+        return Measured(case, tuple(self._ask(asked)["seconds"]), 0.0, 0.0)
+
+    def close(self) -> None:
+        """End the child."""
+        self.child.kill()
+        self.child.communicate()
+        self.said.close()
+
+    def _ask(self, asked: Mapping[str, Any]) -> dict[str, Any]:
+        assert self.child.stdin is not None and self.child.stdout is not None
+        try:
+            print(json.dumps(asked), file=self.child.stdin, flush=True)
+            answer = self.child.stdout.readline()
+        except BrokenPipeError:
+            answer = ""
+        if not answer:
+            status = self.child.wait()
+            self.said.seek(0)
+            raise failed("vLLM", self.said.read(), status)
+        return dict(json.loads(answer))
+
+
+def room(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Tokens of the trunk that its cache has room for."""
+    return int((CACHE << 30) // stored_bytes_per_token(config, dtype.itemsize))
+
+
+def surroundings() -> dict[str, str]:
+    """What the child finds in its environment beside ours."""
+    return {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # steps are timed in the process that makes them
+        "VLLM_CPU_KVCACHE_SPACE": str(CACHE),
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+        "CUDA_VISIBLE_DEVICES": "",
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "PYTHONPATH": "",  # ours is not its
+    }
+
+
+def find(given: Path | None) -> Path:
+    """The interpreter that has vLLM: the one given, or this one. Raises UserError where it has none."""
+    program = shutil.which(str(given or sys.executable))
+    do = "install vLLM for processors in an environment of its own, and name its python with --peer PATH"
+    if program is None:
+        raise UserError("There is no interpreter to run vLLM with", got=f"{given}, which is no program", do=do)
+    try:
+        ended = subprocess.run([program, "-c", PROBE], capture_output=True, text=True, errors="replace", timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise UserError(f"{program} cannot be run", got=str(error), do=do) from error
+    if ended.returncode:
+        got = ended.stderr.strip().splitlines()[-1:] or ["no module named vllm"]
+        raise UserError(f"{program} has no vLLM", got=got[0], do=do)
+    return Path(program)
