@@ -142,7 +142,7 @@ def _describe(writer: Any, gguf: Any, config: ModelConfig, dtype: torch.dtype) -
     writer.add_block_count(config.num_hidden_layers)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    # Attention is absorbed there: all heads look at one key, the latent with the rotary part, and one value, the latent.
+    # Attention is absorbed there: all heads look at one key, latent and rotary part, and one value, the latent.
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(1)
     writer.add_q_lora_rank(config.q_lora_rank or 0)

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from tempfile import TemporaryFile
 from types import TracebackType
 from typing import Any, Self
 
@@ -39,15 +38,11 @@ class Vllm:
         check_same(self.name, config, subject.dtype)
         self.context = min(config.max_position_embeddings, room(config, subject.dtype) // 2)
         self.room = room(config, subject.dtype)
-        self.said = TemporaryFile("w+", errors="replace")
-        self.child = subprocess.Popen(
-            [str(program), vllm_child.__file__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.said,
-            text=True,
-            env=os.environ | surroundings(),
-        )
+        self.said = subject.scratch / "vllm.txt"
+        command = [str(program), vllm_child.__file__]
+        pipe, ours = subprocess.PIPE, os.environ | surroundings()
+        with open(self.said, "w") as said:
+            self.child = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=said, text=True, env=ours)
         asked = {
             "model": str(subject.folder().resolve()),
             "dtype": str(subject.dtype).removeprefix("torch."),
@@ -85,7 +80,6 @@ class Vllm:
         """End the child."""
         self.child.kill()
         self.child.communicate()
-        self.said.close()
 
     def _ask(self, asked: Mapping[str, Any]) -> dict[str, Any]:
         assert self.child.stdin is not None and self.child.stdout is not None
@@ -96,8 +90,7 @@ class Vllm:
             answer = ""
         if not answer:
             status = self.child.wait()
-            self.said.seek(0)
-            raise failed("vLLM", self.said.read(), status)
+            raise failed("vLLM", self.said.read_text(errors="replace"), status)
         return dict(json.loads(answer))
 
 
