@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from cavelight.bench.cases import LEAST, MOST, SECONDS, Case, Measured
+from cavelight.bench import cases
+from cavelight.bench.cases import LEAST, MOST, Case, Measured
 from cavelight.bench.peers.gguf import check_known, check_package, write_gguf
 from cavelight.bench.peers.subject import DEEPEST, Subject, check_same, failed
 from cavelight.errors import UserError
@@ -47,7 +48,7 @@ class LlamaCpp:
         """
         seconds = self._run(case, LEAST if case.kind == "decoding" else 1)
         if case.kind == "prompt" and not case.once_is_enough(seconds[0]):
-            seconds = self._run(case, min(MOST, max(LEAST, int(SECONDS / seconds[0]))))
+            seconds = self._run(case, min(MOST, max(LEAST, int(cases.SECONDS / seconds[0]))))
         return Measured(case, seconds, 0.0, 0.0)
 
     def _run(self, case: Case, times: int) -> tuple[float, ...]:

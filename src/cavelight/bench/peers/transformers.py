@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from cavelight.bench.cases import LEAST, MOST, SECONDS, WARM, Case, Measured
+from cavelight.bench import cases
+from cavelight.bench.cases import LEAST, MOST, WARM, Case, Measured
 from cavelight.bench.peers.subject import DEEPEST, check_same
 from cavelight.doctor.witness import open_trunk, quiet_transformers, version
 from cavelight.errors import UserError
@@ -49,7 +50,7 @@ class Transformers:
         past = self._run(None, case.depth, source) if case.depth else None
         while ends is None or len(seconds) < LEAST or (time.perf_counter() < ends and len(seconds) < MOST):
             if len(seconds) == WARM and ends is None:
-                seconds, ends = [], time.perf_counter() + SECONDS
+                seconds, ends = [], time.perf_counter() + cases.SECONDS
             began = time.perf_counter()
             self._run(past, case.tokens, source)
             seconds.append(time.perf_counter() - began)

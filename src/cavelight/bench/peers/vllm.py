@@ -12,7 +12,8 @@ from typing import Any, Self
 
 import torch
 
-from cavelight.bench.cases import LEAST, MOST, SECONDS, Case, Measured
+from cavelight.bench import cases
+from cavelight.bench.cases import LEAST, MOST, Case, Measured
 from cavelight.bench.peers import vllm_child
 from cavelight.bench.peers.subject import DEEPEST, Subject, check_same, failed
 from cavelight.errors import UserError
@@ -71,7 +72,7 @@ class Vllm:
     def measure(self, case: Case) -> Measured:
         """As `cases.measure`, but its past is computed, before the time that counts, and grows with every step."""
         if case.kind == "prompt":
-            asked = {"kind": "prompt", "tokens": case.tokens, "least": LEAST, "most": MOST, "seconds": SECONDS}
+            asked = {"kind": "prompt", "tokens": case.tokens, "least": LEAST, "most": MOST, "seconds": cases.SECONDS}
         else:
             asked = {"kind": "decoding", "depth": case.depth, "batch": case.batch, "steps": GENERATED}
         return Measured(case, tuple(self._ask(asked)["seconds"]), 0.0, 0.0)
