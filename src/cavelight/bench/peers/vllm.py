@@ -1,5 +1,6 @@
 """vLLM on the same checkpoint, in a process of its own: its interpreter may be another one, with another torch."""
 
+import inspect
 import json
 import os
 import shutil
@@ -40,10 +41,13 @@ class Vllm:
         self.context = min(config.max_position_embeddings, room(config, subject.dtype) // 2)
         self.room = room(config, subject.dtype)
         self.said = subject.scratch / "vllm.txt"
-        command = [str(program), vllm_child.__file__]
+        # Not as a file: Python would look beside it first, where other modules are called vllm and transformers.
+        command = [str(program), "-c", inspect.getsource(vllm_child)]
         pipe, ours = subprocess.PIPE, os.environ | surroundings()
         with open(self.said, "w") as said:
-            self.child = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=said, text=True, env=ours)
+            self.child = subprocess.Popen(
+                command, stdin=pipe, stdout=pipe, stderr=said, text=True, env=ours, cwd=subject.scratch
+            )
         asked = {
             "model": str(subject.folder().resolve()),
             "dtype": str(subject.dtype).removeprefix("torch."),
@@ -127,4 +131,4 @@ def find(given: Path | None) -> Path:
     if ended.returncode:
         got = ended.stderr.strip().splitlines()[-1:] or ["no module named vllm"]
         raise UserError(f"{program} has no vLLM", got=got[0], do=do)
-    return Path(program)
+    return Path(os.path.abspath(program))  # as it is called: an environment's python is a link
