@@ -18,11 +18,12 @@ from cavelight.bench.cases import LEAST, MOST, Case, Measured
 from cavelight.bench.peers import vllm_child
 from cavelight.bench.peers.subject import DEEPEST, Subject, check_same, failed
 from cavelight.errors import UserError
-from cavelight.spec.config import ModelConfig
+from cavelight.spec.config import ModelConfig, Yarn
 from cavelight.spec.cost import stored_bytes_per_token
 
 GENERATED = 16  # steps of a decoding that are timed: it cannot stay at one depth
 CACHE = 4  # GiB that it may take for its cache
+SHOWN, APART = 64, 0.5  # tokens that both look at first, and how far apart the two may be, of the spread
 PROBE = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
 
 
@@ -30,13 +31,15 @@ class Vllm:
     """A child that has opened the checkpoint once, and measures a case when it is asked to; a context manager.
 
     It gets as many threads as torch has and 4 GiB for its cache, and sees no GPU; attention, batches and compilation
-    are what it chooses itself. Raises UserError where it cannot open or compute the model.
+    are what it chooses itself. Raises UserError where it cannot open the model, or computes another one.
+
+    Letters: T tokens, t all of them but the first, V vocabulary.
     """
 
     name = "vLLM"
 
     def __init__(self, subject: Subject, program: Path) -> None:
-        config = subject.config
+        config, self.vocabulary = subject.config, subject.config.vocab_size
         check_same(self.name, config, subject.dtype)
         self.context = min(config.max_position_embeddings, room(config, subject.dtype) // 2)
         self.room = room(config, subject.dtype)
@@ -53,10 +56,12 @@ class Vllm:
             "dtype": str(subject.dtype).removeprefix("torch."),
             "context": self.context,
             "vocabulary": config.vocab_size,
+            "overrides": overrides(config),
         }
         try:
             ready = self._ask(asked)
             self.version, self.sequences = str(ready["version"]), int(ready["sequences"])
+            self._check_agrees(subject)
         except BaseException:
             self.close()
             raise
@@ -79,7 +84,23 @@ class Vllm:
             asked = {"kind": "prompt", "tokens": case.tokens, "least": LEAST, "most": MOST, "seconds": cases.SECONDS}
         else:
             asked = {"kind": "decoding", "depth": case.depth, "batch": case.batch, "steps": GENERATED}
-        return Measured(case, tuple(self._ask(asked)["seconds"]), 0.0, 0.0)
+        return Measured(case, tuple(self._ask(asked)["found"]), 0.0, 0.0)
+
+    def _check_agrees(self, subject: Subject) -> None:
+        """Raises UserError unless it gives random tokens much the same probabilities as we do."""
+        ids_T = torch.randint(self.vocabulary, (SHOWN,), generator=torch.Generator().manual_seed(0))
+        theirs_t = torch.tensor(self._ask({"kind": "likelihoods", "ids": ids_T.tolist()})["found"])
+        with torch.inference_mode():
+            logs_TV = subject.model.logits(ids_T).float().log_softmax(-1)
+        ours_t = logs_TV[:-1].gather(1, ids_T[1:, None])[:, 0]
+        apart, spread = float((theirs_t - ours_t).abs().mean()), float(ours_t.std())
+        if not apart < APART * spread:
+            raise UserError(
+                "vLLM does not compute this model as we do",
+                got=f"log probabilities of random tokens that are {apart:.2g} apart and spread by {spread:.2g}",
+                why="the speed of another model says nothing",
+                do="try another version of vLLM, or leave --against out",
+            )
 
     def close(self) -> None:
         """End the child."""
@@ -102,6 +123,18 @@ class Vllm:
 def room(config: ModelConfig, dtype: torch.dtype) -> int:
     """Tokens of the trunk that its cache has room for."""
     return int((CACHE << 30) // stored_bytes_per_token(config, dtype.itemsize))
+
+
+def overrides(config: ModelConfig) -> dict[str, Any]:
+    """Of config.json, for vLLM: RoPE that is not stretched as YaRN by the factor 1, which is the same.
+
+    For processors vLLM 0.32 rotates the plain one wrongly where it shares a tensor with other parts of a head.
+    """
+    if config.rope_scaling is not None:
+        return {}
+    length = config.max_position_embeddings
+    yarn = Yarn(factor=1, original_max_position_embeddings=length, mscale_all_dim=1).model_dump()
+    return {"rope_parameters": {**yarn, "rope_type": "yarn", "rope_theta": config.rope_theta}}
 
 
 def surroundings() -> dict[str, str]:

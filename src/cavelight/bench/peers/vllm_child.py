@@ -28,6 +28,7 @@ class Engine:
             max_model_len=asked["context"],
             skip_tokenizer_init=True,
             enable_prefix_caching=False,
+            hf_overrides=asked["overrides"],
         )
         self.engine = llm.llm_engine
         self.sequences = int(self.engine.vllm_config.scheduler_config.max_num_seqs)
@@ -50,6 +51,16 @@ class Engine:
                 seen[output.request_id] = length
             found.append((seconds, further))
         return found
+
+    def likelihoods(self, ids: list[int]) -> list[float]:
+        """The log probability of each token but the first."""
+        params = self.vllm.SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
+        self.engine.add_request("likelihoods", {"prompt_token_ids": ids}, params)
+        outputs: list[Any] = []
+        while self.engine.has_unfinished_requests():
+            outputs += self.engine.step()
+        told = outputs[-1].prompt_logprobs
+        return [float(some[token].logprob) for token, some in zip(ids[1:], told[1:], strict=True)]
 
     def prompt(self, tokens: int, least: int, most: int, seconds: float) -> list[float]:
         """Seconds of whole prompts, until they have their first token; of a long one, once."""
@@ -74,12 +85,11 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # vLLM writes to stdout as well
     engine = Engine(json.loads(sys.stdin.readline()))
-    engine.decoding(8, 1, 1)  # tells now whether it can compute this model
     print(json.dumps({"version": engine.vllm.__version__, "sequences": engine.sequences}), file=answers)
     for line in sys.stdin:
         case = json.loads(line)
-        seconds = getattr(engine, case.pop("kind"))(**case)
-        print(json.dumps({"seconds": seconds}), file=answers)
+        found = getattr(engine, case.pop("kind"))(**case)
+        print(json.dumps({"found": found}), file=answers)
 
 
 if __name__ == "__main__":
