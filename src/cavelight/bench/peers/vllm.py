@@ -18,7 +18,7 @@ from cavelight.bench.cases import LEAST, MOST, Case, Measured
 from cavelight.bench.peers import vllm_child
 from cavelight.bench.peers.subject import DEEPEST, Subject, check_same, failed
 from cavelight.errors import UserError
-from cavelight.spec.config import ModelConfig, Yarn
+from cavelight.spec.config import ModelConfig
 from cavelight.spec.cost import stored_bytes_per_token
 
 GENERATED = 16  # steps of a decoding that are timed: it cannot stay at one depth
@@ -56,7 +56,6 @@ class Vllm:
             "dtype": str(subject.dtype).removeprefix("torch."),
             "context": self.context,
             "vocabulary": config.vocab_size,
-            "overrides": overrides(config),
         }
         try:
             ready = self._ask(asked)
@@ -87,7 +86,10 @@ class Vllm:
         return Measured(case, tuple(self._ask(asked)["found"]), 0.0, 0.0)
 
     def _check_agrees(self, subject: Subject) -> None:
-        """Raises UserError unless it gives random tokens much the same probabilities as we do."""
+        """Raises UserError unless it gives random tokens much the same probabilities as we do.
+
+        Not compiled, vLLM 0.32 for processors rotates plain RoPE wrongly (and YaRN's rightly).
+        """
         ids_T = torch.randint(self.vocabulary, (SHOWN,), generator=torch.Generator().manual_seed(0))
         theirs_t = torch.tensor(self._ask({"kind": "likelihoods", "ids": ids_T.tolist()})["found"])
         with torch.inference_mode():
@@ -123,18 +125,6 @@ class Vllm:
 def room(config: ModelConfig, dtype: torch.dtype) -> int:
     """Tokens of the trunk that its cache has room for."""
     return int((CACHE << 30) // stored_bytes_per_token(config, dtype.itemsize))
-
-
-def overrides(config: ModelConfig) -> dict[str, Any]:
-    """Of config.json, for vLLM: RoPE that is not stretched as YaRN by the factor 1, which is the same.
-
-    For processors vLLM 0.32 rotates the plain one wrongly where it shares a tensor with other parts of a head.
-    """
-    if config.rope_scaling is not None:
-        return {}
-    length = config.max_position_embeddings
-    yarn = Yarn(factor=1, original_max_position_embeddings=length, mscale_all_dim=1).model_dump()
-    return {"rope_parameters": {**yarn, "rope_type": "yarn", "rope_theta": config.rope_theta}}
 
 
 def surroundings() -> dict[str, str]:

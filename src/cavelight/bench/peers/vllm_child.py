@@ -28,7 +28,6 @@ class Engine:
             max_model_len=asked["context"],
             skip_tokenizer_init=True,
             enable_prefix_caching=False,
-            hf_overrides=asked["overrides"],
         )
         self.engine = llm.llm_engine
         self.sequences = int(self.engine.vllm_config.scheduler_config.max_num_seqs)
