@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from cavelight.bench.peers import llama_cpp, vllm
+from cavelight.bench.peers.gguf import check_package
 from cavelight.bench.peers.subject import Subject
 from cavelight.bench.peers.transformers import Transformers
 from cavelight.bench.sweep import Peer
@@ -23,6 +24,7 @@ def _transformers(given: Path | None) -> Opener:
 
 def _llama_cpp(given: Path | None) -> Opener:
     program = llama_cpp.find(given)
+    check_package()
     return lambda subject: nullcontext(llama_cpp.LlamaCpp(subject, program))
 
 

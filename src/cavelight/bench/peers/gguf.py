@@ -62,7 +62,7 @@ def check_package() -> None:
         raise UserError(
             "llama.cpp opens GGUF files, and the package that writes them is missing",
             got="no module named gguf",
-            do="pip install 'gguf>=0.17', or leave --against out",
+            do="pip install 'gguf>=0.19', or leave --against out",
         )
 
 

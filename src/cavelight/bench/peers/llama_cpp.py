@@ -10,7 +10,7 @@ import torch
 
 from cavelight.bench import cases
 from cavelight.bench.cases import LEAST, MOST, Case, Measured
-from cavelight.bench.peers.gguf import check_known, check_package, write_gguf
+from cavelight.bench.peers.gguf import check_known, write_gguf
 from cavelight.bench.peers.subject import DEEPEST, Subject, check_same, failed
 from cavelight.errors import UserError
 
@@ -29,7 +29,6 @@ class LlamaCpp:
     name = "llama.cpp"
 
     def __init__(self, subject: Subject, program: Path) -> None:
-        check_package()
         check_same(self.name, subject.config, subject.dtype, ("plain", "fp8"))  # those of fp8 we unpack ourselves
         check_known(subject.config)
         subject.check_disk()

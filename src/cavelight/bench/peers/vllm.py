@@ -23,7 +23,7 @@ from cavelight.spec.cost import stored_bytes_per_token
 
 GENERATED = 16  # steps of a decoding that are timed: it cannot stay at one depth
 CACHE = 4  # GiB that it may take for its cache
-SHOWN, APART = 64, 0.5  # tokens that both look at first, and how far apart the two may be, of the spread
+SHOWN, APART = 64, 0.2  # tokens that both look at first, and how far apart the two may be, of the spread
 PROBE = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
 
 
