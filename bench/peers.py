@@ -84,7 +84,8 @@ anew beside each peer. {without_native() or "Layers of ours run natively."}
 What is counted: of a prompt the time until its next token is known; of decoding the time of a step. llama.cpp is
 measured by its `llama-bench` on a GGUF file of these weights (logits of such files of tiny models equal ours in
 float32: `tests/test_peers.py`), vLLM by the steps of its engine, compiled; either decodes 16 tokens from each depth on,
-ours stays at it. Numbers of the cache and kinds of attention are those that each chooses: llama.cpp keeps it in float16.
+ours stays at it. Kinds of attention and numbers of the cache are those that each chooses: llama.cpp keeps it in
+float16.
 
 Command: `{shlex.join(["python", "-m", "bench.peers", *map(without_folders, called)])}`{"  "}
 Commit: {commit()}{"  "}
