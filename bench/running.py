@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from bench.provenance import commit, leave_with, machine
 from cavelight.bench import cases as bench_cases
 from cavelight.bench.cases import Case
-from cavelight.bench.peer import Transformers
+from cavelight.bench.peers.transformers import Transformers
 from cavelight.bench.picture import Panel, draw_panels
 from cavelight.bench.probes import BUFFER, Probes, read_bandwidth
 from cavelight.bench.sweep import Row, cases, sweep

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from cavelight.bench import cases as bench_cases
 from cavelight.bench.cases import Case, Measured, cache_bytes, expert_bytes, flops, head_bytes, layer_bytes, measure
-from cavelight.bench.peer import Transformers
+from cavelight.bench.peers.transformers import Transformers
 from cavelight.bench.probes import Probes
 from cavelight.bench.sweep import Row, cases
 from cavelight.cli.main import app

@@ -20,6 +20,7 @@ MEMORY = 1 << 32  # bytes that the cache of a case may take
 
 class Peer(Protocol):
     name: str
+    version: str
 
     def takes(self, case: Case) -> bool: ...
 

@@ -1,6 +1,7 @@
 """`cavelight bench`: how fast a model runs here, and which share of what the machine could do that is."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -18,7 +19,7 @@ from cavelight.spec.events import Note
 if TYPE_CHECKING:
     import torch
 
-    from cavelight.bench.sweep import LeftOut, Peer, Row
+    from cavelight.bench.sweep import LeftOut, Row
     from cavelight.model.transformer import Transformer
     from cavelight.spec.config import ModelConfig
 
@@ -32,20 +33,27 @@ def bench(
     depths: str,
     batches: str,
     against: str | None,
+    program: Path | None,
     out: Path | None,
     dtype: str,
     cache: str,
     without_mtp: bool,
     as_json: bool,
 ) -> None:
-    """`source`: a run, a checkpoint, or the name of a preset, which is measured with random weights."""
+    """`source`: a run, a checkpoint, or the name of a preset, which is measured with random weights.
+
+    program: of the peer, where it is not found by itself.
+    """
+    from cavelight.bench.peers.catalogue import named as peer_named
+    from cavelight.bench.peers.subject import Subject
     from cavelight.bench.sweep import cases, sweep
     from cavelight.model.ports import GroupedDispatch
     from cavelight.run.quick import quick, why_plain
     from cavelight.run.rows import cache_dtype, named
 
-    if against not in (None, "transformers"):
-        raise UserError("There is no such peer", got=str(against), do="write --against transformers")
+    if program and not against:
+        raise UserError("--peer is the program of a peer, and none is named", got=str(program), do="add --against PEER")
+    opener = peer_named(against, program) if against else None
     wanted = numbers("--prompts", prompts), numbers("--depths", depths, least=0), numbers("--batches", batches)
     rows_in = named(cache)
     model, checkpoint = opened(source, dtype, without_mtp)
@@ -56,14 +64,16 @@ def bench(
         raise UserError("There is nothing to measure", why=why, do="choose other --prompts and --depths")
     folder = out or (beside(Path(source)) if Path(source).exists() else Path("."))
     with TemporaryDirectory() as scratch, screen(f"Measuring {source}", as_json) as listen:
-        peer = peer_of(model, checkpoint, Path(scratch)) if against else None
         with clear_disk_errors(folder):  # now, not after all that measuring
             folder.mkdir(parents=True, exist_ok=True)
         for each in left_out:
             listen(Note(f"Left out: {each.case.name}, since {each.why}."))
-        rows = sweep(model, chosen, peer, listen, cache=kept_in)
+        subject = Subject(model, checkpoint, Path(scratch))
+        with opener(subject) if opener else nullcontext() as peer:
+            rows = sweep(model, chosen, peer, listen, cache=kept_in)
+            beside_it = (peer.name, peer.version) if peer else None
     without_native = why_plain(quick(model), GroupedDispatch())
-    report(source, model.lm_head.weight.dtype, kept_in, rows, left_out, without_native, against, folder, as_json)
+    report(source, model.lm_head.weight.dtype, kept_in, rows, left_out, without_native, beside_it, folder, as_json)
 
 
 def report(
@@ -73,11 +83,11 @@ def report(
     rows: "Sequence[Row]",
     left_out: "Sequence[LeftOut]",
     without_native: str | None,
-    against: str | None,
+    against: tuple[str, str] | None,
     folder: Path,
     as_json: bool,
 ) -> None:
-    """bench.json and bench.png in `folder`, and a table on the screen."""
+    """bench.json and bench.png in `folder`, and a table on the screen. against: the peer's name and version."""
     from cavelight.bench.picture import draw_bench
     from cavelight.train.provenance import machine
 
@@ -89,18 +99,20 @@ def report(
         "probes": {"read": probes.read, "float32": probes.float32, "bfloat16": probes.bfloat16},
         "cases": [row.as_dict() for row in rows],
         "without_native": without_native,
+        "peer": {"name": against[0], "version": against[1]} if against else None,
         "left_out": [{"name": each.case.name, "why": each.why} for each in left_out],
     }
     write_json(folder / "bench.json", found)
     facts = [machine(dtype), f"reads {probes.read / 1e9:.1f} GB/s", f"peak {probes.peak / 1e12:.2f} Tflop/s"]
     draw_bench(rows, folder / "bench.png", f"What a token of {Path(source).resolve().name} costs", facts)
     facts += [f"cache in {found['cache']}"] if kept_in != dtype else []
+    facts += [" ".join(against)] if against else []
     facts += [f"without native layers: {without_native}"] if without_native else []
     if as_json:
         say_json({"kind": "result", **found, "figure": folder / "bench.png"})
         return
     OUT.print(" · ".join(facts), style="dim")
-    OUT.print(table(rows, against))
+    OUT.print(table(rows, against[0] if against else None))
     OUT.print(f"The figure: {folder / 'bench.png'}; the numbers: {folder / 'bench.json'}", soft_wrap=True)
 
 
@@ -148,17 +160,6 @@ def random_model(config: "ModelConfig", dtype: "torch.dtype") -> "Transformer":
     model = Transformer(config, dtype)
     initialise(model, STD, SEED)
     return model
-
-
-def peer_of(model: "Transformer", checkpoint: Path | None, scratch: Path) -> "Peer":
-    """transformers on the same weights; those of a preset are written for it."""
-    from cavelight.bench.peer import Transformers
-    from cavelight.weights.snapshot import write_checkpoint
-
-    if checkpoint is None:
-        checkpoint = scratch / "model"
-        write_checkpoint(model, checkpoint)
-    return Transformers(checkpoint, model.config, model.lm_head.weight.dtype)
 
 
 def table(rows: "Sequence[Row]", against: str | None) -> Table:

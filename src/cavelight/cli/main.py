@@ -287,7 +287,13 @@ def bench(
     batches: Annotated[
         str, typer.Option(metavar="N,N", help="Sequences that decode at once, at the least depth.")
     ] = "4,16",
-    against: Annotated[str | None, typer.Option(metavar="PEER", help="transformers, on the same weights.")] = None,
+    against: Annotated[
+        str | None, typer.Option(metavar="PEER", help="transformers, llama.cpp or vllm, on the same weights.")
+    ] = None,
+    peer: Annotated[
+        Path | None,
+        typer.Option(metavar="PATH", help="Of llama-bench, or of the python that has vLLM; else they are looked for."),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where figure and numbers go; beside the model unless told.")
     ] = None,
@@ -301,7 +307,7 @@ def bench(
     from cavelight.cli.screen import telling
 
     with telling(as_json):
-        command.bench(source, prompts, depths, batches, against, out, dtype, cache, without_mtp, as_json)
+        command.bench(source, prompts, depths, batches, against, peer, out, dtype, cache, without_mtp, as_json)
 
 
 @app.command()

@@ -7,17 +7,14 @@ from typing import Any
 
 import torch
 
-from cavelight.bench.cases import LEAST, MOST, SECONDS, WARM, Case, Measured
-from cavelight.doctor.witness import open_trunk, quiet_transformers
+from cavelight.bench import cases
+from cavelight.bench.cases import LEAST, MOST, WARM, Case, Measured
+from cavelight.bench.peers.subject import DEEPEST, check_same
+from cavelight.doctor.witness import open_trunk, quiet_transformers, version
 from cavelight.errors import UserError
-from cavelight.memory import check_memory
 from cavelight.run.generate import CHUNK
 from cavelight.spec.config import ModelConfig
-from cavelight.spec.cost import total_parameters
-from cavelight.spec.formats import Format
 from cavelight.weights.files import abbreviated
-
-DEEPEST = 4096  # that is measured: it has to compute the past, and expands it for every token
 
 
 class Transformers:
@@ -30,8 +27,7 @@ class Transformers:
     name = "transformers"
 
     def __init__(self, folder: Path, config: ModelConfig, dtype: torch.dtype) -> None:
-        _check_same(config)
-        check_memory(2 * total_parameters(config) * dtype.itemsize, "the model twice", "leave --against out")
+        check_same(self.name, config, dtype)
         self.vocabulary = config.vocab_size
         with quiet_transformers():
             opened = open_trunk(folder, config, dtype)
@@ -42,7 +38,7 @@ class Transformers:
                 why="it fills what is missing at random: that is another model",
                 do="leave --against out; `cavelight doctor --against transformers` says more",
             )
-        self.model = opened.model
+        self.model, self.version = opened.model, version()
 
     def takes(self, case: Case) -> bool:
         return case.kind in ("prompt", "decoding") and case.batch == 1 and case.depth <= DEEPEST
@@ -54,7 +50,7 @@ class Transformers:
         past = self._run(None, case.depth, source) if case.depth else None
         while ends is None or len(seconds) < LEAST or (time.perf_counter() < ends and len(seconds) < MOST):
             if len(seconds) == WARM and ends is None:
-                seconds, ends = [], time.perf_counter() + SECONDS
+                seconds, ends = [], time.perf_counter() + cases.SECONDS
             began = time.perf_counter()
             self._run(past, case.tokens, source)
             seconds.append(time.perf_counter() - began)
@@ -71,16 +67,3 @@ class Transformers:
             ids_BT = torch.randint(self.vocabulary, (1, min(CHUNK, tokens - first)), generator=source)
             past = self.model(ids_BT, past_key_values=past, use_cache=True, logits_to_keep=1).past_key_values
         return past
-
-
-def _check_same(config: ModelConfig) -> None:
-    """transformers knows latent attention under these names alone, and computes with packed weights in its own way."""
-    config.check_latent("--against transformers")
-    packed = Format.of(config.extra.get("quantization_config")).kind
-    if packed != "plain":
-        raise UserError(
-            "Packed weights cannot be compared with transformers",
-            got=f"weights packed as {packed}",
-            why="the two would compute with different weights, one of them with packed ones",
-            do="convert it with `cavelight convert --to hf` and bench the result, or leave --against out",
-        )
