@@ -19,7 +19,7 @@ RUNTIME = 365 * 10**6  # of train
 DECODING_RUNTIME = 292 * 10**6  # of generate
 # Fitted to the runs of bench/memory.py: blocks below 32 MB come from glibc's heap, where freed gradients leave holes
 # that larger activations cannot use. A share of the float32 gradients, for each micro-batch under way.
-HOLES = 0.7
+HOLES = 0.4
 
 # Numbers of files that import torch; tests hold them equal.
 EVALUATED_AT_ONCE = 4096  # train.evaluate: tokens of a batch
