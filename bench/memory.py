@@ -27,6 +27,7 @@ from cavelight.spec.config import ModelConfig
 from cavelight.spec.cost import total_parameters
 from cavelight.spec.presets import preset
 
+RUNS = 2  # of each training, whose highest counts: the heap's holes differ from run to run
 BOUND = 0.10
 DOCUMENTS, DOCUMENT_CHARACTERS = 40, 6000
 MAKE_CHECKPOINT = """
@@ -257,7 +258,7 @@ def measure(bench: Bench, only: str) -> Iterator[Row]:
             continue
         if isinstance(case, Training):
             predicted = case.predicted(bench.runtimes[Training, case.dtype])
-            row = Row(case, case.settings, predicted, bench.train(case))
+            row = Row(case, case.settings, predicted, max(bench.train(case) for _ in range(RUNS)))
         else:
             run = bench.decode(case)
             predicted = case.predicted(bench.runtimes[Decoding, case.load or case.dtype], run)
@@ -284,7 +285,7 @@ def report(rows: Sequence[Row], bench: Bench, called: Sequence[str]) -> str:
     lines = [
         "# Memory, predicted and measured",
         "The peak of resident memory of `cavelight train` (three steps, each saved while the next is taken, the "
-        "evaluation at the end) and of `cavelight generate`, each run in a process of its own, against `plan/here.py`. "
+        "evaluation at the end; the higher of two runs) and of `cavelight generate`, each run in a process of its own, against `plan/here.py`. "
         "What is counted and how stands in [the planner's page](../plan.md).",
         f"Of all {len(rows)} runs the worst is off by {worst:.1%}, {'within' if worst <= BOUND else 'NOT within'} the "
         f"{BOUND:.0%} asked for.",
