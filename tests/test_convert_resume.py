@@ -198,7 +198,7 @@ def test_a_disk_that_fills_up(source: Path, tmp_path: Path, monkeypatch: pytest.
 def test_what_a_disk_would_not_keep_is_not_in_the_journal(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sync, failed = journal._sync, False
+    sync, failed = journal.sync, False
 
     def fails_once(path: Path) -> None:  # as disks do that find out late that they are full
         nonlocal failed
@@ -207,7 +207,7 @@ def test_what_a_disk_would_not_keep_is_not_in_the_journal(
             raise OSError(errno.ENOSPC, "No space left on device")
         sync(path)
 
-    monkeypatch.setattr(journal, "_sync", fails_once)
+    monkeypatch.setattr(journal, "sync", fails_once)
     with pytest.raises(UserError, match="disk is full"):
         convert(source, tmp_path / "out", FP8)
     assert journal_of(tmp_path / "out").read_bytes().count(b"\n") == 1
