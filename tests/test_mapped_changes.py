@@ -61,7 +61,10 @@ def test_a_file_cut_short_since_its_header_was_read(tmp_path: Path, left: int) -
             read()
 
 
-@pytest.mark.parametrize("way", ["deleted and made anew", "overwritten in place", "grown, at the same time"])
+@pytest.mark.parametrize(
+    "way",
+    ["deleted and made anew", "overwritten in place", "grown, at the same time", "renamed onto, at the same time"],
+)
 def test_a_file_changed_since_its_header_was_read(tmp_path: Path, way: str) -> None:
     """The system's number of a file does not tell: it is soon given to another."""
     write(tmp_path, {"a": torch.zeros(1000)})
@@ -70,11 +73,14 @@ def test_a_file_changed_since_its_header_was_read(tmp_path: Path, way: str) -> N
     if way == "deleted and made anew":
         file.unlink()
         write(tmp_path, {"a": torch.ones(1000)})
+    elif way.startswith("renamed"):
+        (tmp_path / "beside").write_bytes(file.read_bytes()[:-4] + bytes([0, 0, 128, 63]))
+        (tmp_path / "beside").rename(file)
     else:
         with open(file, "r+b" if way == "overwritten in place" else "ab") as handle:
             handle.seek(-4, os.SEEK_END)
             handle.write(bytes([0, 0, 128, 63]))
-    later = before.st_mtime_ns + (0 if way == "grown, at the same time" else 1)
+    later = before.st_mtime_ns + (0 if "same time" in way else 1)
     os.utime(file, ns=(later, later))
     for read in (lambda: checkpoint.mapped(["a"]), lambda: checkpoint.tensor("a"), lambda: checkpoint.rows("a", 1, 2)):
         with pytest.raises(UserError, match=CHANGED):
