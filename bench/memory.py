@@ -285,8 +285,8 @@ def report(rows: Sequence[Row], bench: Bench, called: Sequence[str]) -> str:
     lines = [
         "# Memory, predicted and measured",
         "The peak of resident memory of `cavelight train` (three steps, each saved while the next is taken, the "
-        "evaluation at the end; the higher of two runs) and of `cavelight generate`, each run in a process of its own, against `plan/here.py`. "
-        "What is counted and how stands in [the planner's page](../plan.md).",
+        "evaluation at the end; the higher of two runs) and of `cavelight generate`, each run in a process of its own, "
+        "against `plan/here.py`. What is counted and how stands in [the planner's page](../plan.md).",
         f"Of all {len(rows)} runs the worst is off by {worst:.1%}, {'within' if worst <= BOUND else 'NOT within'} the "
         f"{BOUND:.0%} asked for.",
         "Taken from this machine: what the programs take with next to no model, that is Python, torch's libraries as "

@@ -131,6 +131,26 @@ def test_killed_between_the_last_two_steps(source: Path, tmp_path: Path, monkeyp
     assert content(tmp_path / "out") == stands and not folder_of(tmp_path / "out").exists()
 
 
+def test_killed_between_the_last_two_steps_and_then_asked_for_another_format(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(journal.Unfinished, "remove", lambda unfinished: stop_at(1)(Phase("a", 0, 0, "")))
+        convert(source, tmp_path / "out", FP8)
+    convert(source, tmp_path / "out", INT8)
+    assert Checkpoint(tmp_path / "out").format == INT8 and not folder_of(tmp_path / "out").exists()
+
+
+def test_files_beside_the_weights_that_went_meanwhile(source: Path, tmp_path: Path) -> None:
+    (source / "README.md").write_text("of before")
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, tmp_path / "out", FP8, on_event=stop_at(100))
+    assert (folder_of(tmp_path / "out") / "model" / "README.md").is_file()
+    (source / "README.md").unlink()
+    report = convert(source, tmp_path / "out", FP8)
+    assert not (tmp_path / "out" / "README.md").exists() and "README.md" not in report.files
+
+
 def test_another_conversion_that_was_begun(source: Path, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         convert(source, tmp_path / "out", FP8, on_event=stop_at(40))
@@ -173,6 +193,16 @@ def test_no_room(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     convert(source, tmp_path / "out", FP8)  # nothing was made yet, so nothing stands in its way
 
 
+def test_room_for_what_is_still_to_be_written_is_enough(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, tmp_path / "out", FP8, on_event=stop_at(100))  # in the audit
+    usage = shutil.disk_usage(tmp_path)._replace(free=0)
+    monkeypatch.setattr(converting.shutil, "disk_usage", lambda path: usage)
+    convert(source, tmp_path / "out", FP8)
+
+
 def test_a_disk_that_fills_up(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pwrite, written = os.pwrite, 0
 
@@ -198,7 +228,7 @@ def test_a_disk_that_fills_up(source: Path, tmp_path: Path, monkeypatch: pytest.
 def test_what_a_disk_would_not_keep_is_not_in_the_journal(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sync, failed = journal._sync, False
+    sync, failed = journal.sync, False
 
     def fails_once(path: Path) -> None:  # as disks do that find out late that they are full
         nonlocal failed
@@ -207,7 +237,7 @@ def test_what_a_disk_would_not_keep_is_not_in_the_journal(
             raise OSError(errno.ENOSPC, "No space left on device")
         sync(path)
 
-    monkeypatch.setattr(journal, "_sync", fails_once)
+    monkeypatch.setattr(journal, "sync", fails_once)
     with pytest.raises(UserError, match="disk is full"):
         convert(source, tmp_path / "out", FP8)
     assert journal_of(tmp_path / "out").read_bytes().count(b"\n") == 1

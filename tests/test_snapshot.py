@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -130,6 +131,22 @@ def test_one_wide_tensor_makes_all_wide(saved: Path) -> None:
     )
     assert read_checkpoint(saved).lm_head.weight.dtype == torch.float32
     assert read_checkpoint(saved, torch.bfloat16).model.norm.weight.dtype == torch.bfloat16
+
+
+def test_another_process_that_saves_there_first(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Just before the new folder takes its place."""
+    model, target, replace = read_checkpoint(saved), tmp_path / "new", os.replace
+
+    def late(old: Path, new: Path) -> None:
+        if Path(new) == target:
+            shutil.copytree(saved, target)
+        replace(old, new)
+
+    monkeypatch.setattr(os, "replace", late)
+    with pytest.raises(UserError, match=r"cannot be written. Got: Directory not empty"):
+        write_checkpoint(model, target)
+    assert {path.name for path in tmp_path.iterdir()} == {saved.name, target.name}
+    assert (target / files.SINGLE).read_bytes() == (saved / files.SINGLE).read_bytes()
 
 
 # What lies beside the weights

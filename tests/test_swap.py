@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cavelight.api import generate_tokens
@@ -17,6 +18,7 @@ from cavelight.spec.config import ModelConfig
 from cavelight.spec.formats import FP8, INT4, INT8, PACKED_ROLES, Format
 from cavelight.spec.shapes import parameters
 from cavelight.weights import swap
+from cavelight.weights.files import SINGLE
 from cavelight.weights.quant import pack, unpack
 from cavelight.weights.snapshot import read_checkpoint, write_checkpoint
 from cavelight.weights.swap import Packed, PackedExperts, PackedLinear, is_packed
@@ -243,3 +245,17 @@ def test_mtp_may_be_plain_in_a_packed_checkpoint(tmp_path: Path) -> None:
         assert packed == {"model"}
         for without_mtp in (False, True):
             assert len(read_checkpoint(folder, without_mtp=without_mtp).mtp) == (not without_mtp)
+
+
+def test_scales_of_several_dtypes_are_not_made_one(tmp_path: Path) -> None:
+    """Held in one stack, those of the first expert would round the others'."""
+    folder = saved(tmp_path, INT8)
+    tensors = load_file(folder / SINGLE)
+    name = "model.layers.1.mlp.experts.{}.up_proj.weight_scale"
+    tensors[name.format(0)] = tensors[name.format(0)].bfloat16()
+    tensors[name.format(1)] = tensors[name.format(1)].float() * 1.001
+    save_file(tensors, folder / SINGLE)
+    model, plain = (read_checkpoint(folder, torch.float32, packed=packed) for packed in (None, False))
+    assert is_packed(model) and not is_packed(model.get_submodule("model.layers.1.mlp.experts"))
+    stack = "model.layers.1.mlp.experts.up_proj"
+    assert torch.equal(model.get_parameter(stack), plain.get_parameter(stack))

@@ -17,6 +17,7 @@ from cavelight.errors import UserError
 UNWRITABLE = {
     *(errno.EACCES, errno.EROFS, errno.EPERM, errno.EBUSY),
     *(errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP),
+    errno.ENOTEMPTY,  # another process has just put a folder of its own there
 }
 
 
@@ -28,7 +29,7 @@ def file_beside(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield scratch
-            _flush(scratch)
+            flush(scratch)
             os.replace(scratch, path)
         finally:
             scratch.unlink(missing_ok=True)
@@ -47,7 +48,7 @@ def folder_beside(path: Path) -> Iterator[Path]:
             yield scratch
             for file in scratch.rglob("*"):
                 if file.is_file():
-                    _flush(file)
+                    flush(file)
             if path.exists():
                 os.replace(path, old)
             os.replace(scratch, path)  # between these two lines, and nowhere else, a SIGKILL leaves only `old`
@@ -111,9 +112,18 @@ def clear_disk_errors(path: Path) -> Iterator[None]:
         raise
 
 
-def _flush(path: Path) -> None:
-    with open(path, "rb") as handle:
-        os.fsync(handle.fileno())
+def sync(path: Path) -> None:
+    """Wait until the disk has a file, or a folder's names."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def flush(path: Path) -> None:
+    """Wait until the disk has a finished file, then forget it."""
+    sync(path)
     forget(path)
 
 

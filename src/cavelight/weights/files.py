@@ -22,7 +22,17 @@ from torch import Tensor
 
 from cavelight.errors import UserError
 from cavelight.kernels.room import LARGE, in_huge_pages, zeros
-from cavelight.weights.headers import CODES, INDEX, SINGLE, Entry, abbreviated, cut_short, opened, read_headers
+from cavelight.weights.headers import (
+    CODES,
+    INDEX,
+    SINGLE,
+    Entry,
+    abbreviated,
+    cut_short,
+    opened,
+    read_headers,
+    stamp_of,
+)
 
 __all__ = ["INDEX", "SINGLE", "Entry", "Safetensors", "Shard", "abbreviated", "index_of", "layout", "write_safetensors"]
 
@@ -47,7 +57,6 @@ class Safetensors:
         self.folder = folder
         self.entries: dict[str, Entry] = read_headers(folder)
         self._mappings: dict[Path, mmap.mmap | None] = {}
-        self._numbers = {file: _number(file) for file in {entry.file for entry in self.entries.values()}}
 
     def tensor(self, name: str) -> Tensor:
         """The tensor, in memory of its own."""
@@ -74,58 +83,50 @@ class Safetensors:
             if not follows or (entry.dtype, entry.shape) != (first.dtype, first.shape):
                 return None
         count, size = len(names) * first.size, first.dtype.itemsize
-        mapping = None if not count or first.start % size else self._mapping(first.file)
+        mapping = None if not count or first.start % size else self._mapping(first)
         if mapping is None:
             return None
-        if len(mapping) < first.start + count * size:  # it was longer when its header was read
-            raise cut_short(first.file, len(mapping), first.start + count * size)
         # A tensor for itself, not a part of one for the whole file: who saves or copies one does not take all along.
         flat = torch.frombuffer(mapping, dtype=first.dtype, count=count, offset=first.start)
         return flat.view(len(names), *first.shape)
 
-    def _mapping(self, file: Path) -> mmap.mmap | None:
-        if file not in self._mappings:
-            with self._opened(file) as handle:
+    def _mapping(self, entry: Entry) -> mmap.mmap | None:
+        """The whole file of a tensor."""
+        if entry.file not in self._mappings:
+            with _opened(entry) as handle:
                 try:
                     mapping = mmap.mmap(handle.fileno(), 0, PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE)
-                    self._mappings[file] = in_huge_pages(mapping)
+                    self._mappings[entry.file] = in_huge_pages(mapping)
                 except (OSError, ValueError):  # its file system cannot, or it is empty by now, which reading tells
-                    self._mappings[file] = None
-        return self._mappings[file]
-
-    @contextmanager
-    def _opened(self, file: Path) -> Iterator[BinaryIO]:
-        with opened(file) as handle:
-            if _number(handle.fileno()) != self._numbers[file]:
-                raise UserError(
-                    f"{file} was replaced since its header was read",
-                    why="weights of two checkpoints would be mixed",
-                    do="give the command again",
-                )
-            yield handle
+                    self._mappings[entry.file] = None
+        return self._mappings[entry.file]
 
     def _read(self, entry: Entry, skipped: int, shape: tuple[int, ...]) -> Tensor:
         """`shape` elements of a tensor, from the byte after the `skipped` ones on."""
         tensor = empty(shape, entry.dtype, entry.name)
         into = bytes_of(tensor)
-        with self._opened(entry.file) as handle:
+        with _opened(entry) as handle:
             done = 0
             while done < len(into):
                 at = entry.start + skipped + done
                 got = os.preadv(handle.fileno(), [into[done : done + PIECE]], at)
-                if got == 0:  # it was longer when its header was read
+                if got == 0:  # it was longer a moment ago
                     raise cut_short(entry.file, os.fstat(handle.fileno()).st_size, entry.start + entry.nbytes)
                 done += got
         return tensor
 
 
-def _number(file: Path | int) -> tuple[int, int]:
-    """What the system knows a file by, whatever its name."""
-    if isinstance(file, Path):
-        with opened(file) as handle:
-            return _number(handle.fileno())
-    found = os.fstat(file)
-    return found.st_dev, found.st_ino
+@contextmanager
+def _opened(entry: Entry) -> Iterator[BinaryIO]:
+    """The file of a tensor, still as it was when its header was read."""
+    with opened(entry.file) as handle:
+        if stamp_of(handle) != entry.stamp:
+            raise UserError(
+                f"{entry.file} was changed or replaced since its header was read",
+                why="weights of two checkpoints would be mixed",
+                do="give the command again",
+            )
+        yield handle
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, name: str) -> Tensor:
@@ -134,7 +135,11 @@ def empty(shape: Sequence[int], dtype: torch.dtype, name: str) -> Tensor:
     try:
         return (zeros if size >= LARGE else torch.empty)(shape, dtype=dtype)
     except RuntimeError as error:  # torch has no error of its own for this
-        raise UserError(f"There is not enough memory for {name}", got=f"{size:,} bytes") from error
+        raise UserError(
+            f"There is not enough memory for {name}",
+            got=f"{size:,} bytes",
+            do="let this process have more (ulimit -v, a container's limit); `cavelight plan` says how much it needs",
+        ) from error
 
 
 @dataclass(frozen=True, slots=True)

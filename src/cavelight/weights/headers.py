@@ -58,13 +58,17 @@ DOWNLOAD_AGAIN = "download or copy the file again"
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """What a header says of one tensor, and where it lies: `start` is its first byte in `file`."""
+    """What a header says of one tensor, and where it lies: `start` is its first byte in `file`.
+
+    `stamp` is the file's when its header was read, see `stamp_of`; empty for what is yet to be written.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     file: Path = Path()
     start: int = 0
+    stamp: tuple[int, ...] = ()
 
     @property
     def size(self) -> int:
@@ -131,7 +135,7 @@ def read_index(folder: Path) -> Index | None:
         size = os.fstat(handle.fileno()).st_size
         if size > HEADER_BYTES:
             raise UserError(f"{path} is too large for an index", got=f"{size:,} bytes", do=DOWNLOAD_AGAIN)
-        index = _parse(handle.read(HEADER_BYTES), path)
+        index = _parse(handle.read(size), path)
     files, metadata = index.get("weight_map"), index.get("metadata", {})
     if not isinstance(files, dict) or not files:
         raise UserError(f"{path} has no weight_map", got=f"keys {abbreviated([*index]) or 'none'}", do=DOWNLOAD_AGAIN)
@@ -157,7 +161,7 @@ def read_index(folder: Path) -> Index | None:
 def read_header(file: Path) -> list[Entry]:
     """What one file says of its tensors, in the order in which they lie, once that is known to fit the file's size."""
     with opened(file) as handle:
-        size = os.fstat(handle.fileno()).st_size
+        stamp, size = stamp_of(handle), os.fstat(handle.fileno()).st_size
         start = handle.read(16)
         length = int.from_bytes(start[:8], "little")
         if len(start) <= 8 or start[8:9] != b"{" or length > HEADER_BYTES:
@@ -169,13 +173,13 @@ def read_header(file: Path) -> list[Entry]:
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise _senseless(file, "__metadata__", metadata)
-    entries = [_entry(file, 8 + length, name, described) for name, described in header.items()]
+    entries = [_entry(file, stamp, 8 + length, name, described) for name, described in header.items()]
     entries.sort(key=lambda entry: (entry.start, entry.nbytes))
     _check_extents(file, entries, 8 + length, size)
     return entries
 
 
-def _entry(file: Path, data: int, name: str, described: object) -> Entry:
+def _entry(file: Path, stamp: tuple[int, ...], data: int, name: str, described: object) -> Entry:
     """One line of a header, for a file whose tensors begin at byte `data`."""
     if not 0 < len(name) <= NAME_LENGTH or not name.isprintable():
         raise UserError(
@@ -194,7 +198,7 @@ def _entry(file: Path, data: int, name: str, described: object) -> Entry:
                     why=f"a checkpoint's tensors are {', '.join(DTYPES)}",
                     do="take the checkpoint in bfloat16 or block-fp8",
                 )
-            entry = Entry(name, tuple(shape), DTYPES[code], file, data + start)
+            entry = Entry(name, tuple(shape), DTYPES[code], file, data + start, stamp)
             # Torch computes strides of empty tensors too, in 64 bits.
             if start + entry.nbytes == end and math.prod(max(1, n) for n in shape) * entry.dtype.itemsize < 2**63:
                 return entry
@@ -248,6 +252,15 @@ def _checked_file(file: object) -> str | None:
 
 def _is_count(value: object) -> bool:
     return type(value) is int and 0 <= value < 2**63  # not isinstance: True is an int
+
+
+def stamp_of(handle: BinaryIO) -> tuple[int, ...]:
+    """What is no longer the same once another file bears the name, or this one was written to.
+
+    The system's number of a file is not enough: a file that is made after another was deleted often gets the same.
+    """
+    found = os.fstat(handle.fileno())
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 @contextmanager

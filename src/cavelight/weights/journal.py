@@ -19,7 +19,7 @@ from threading import Lock
 from types import TracebackType
 from typing import Any, Self
 
-from cavelight.disk import forget
+from cavelight.disk import flush, sync
 from cavelight.errors import UserError
 from cavelight.weights.files import Shard
 
@@ -90,7 +90,7 @@ class Unfinished:
                 os.fsync(handle)
             finally:
                 os.close(handle)
-        _sync(self.model)
+        sync(self.model)
 
     def write(self, file: str, start: int, data: memoryview) -> None:
         """Put bytes into a shard; any thread may."""
@@ -117,7 +117,7 @@ class Unfinished:
             dirty, self._dirty = self._dirty, set()
         waiting, self._waiting, self._waiting_bytes = self._waiting, [], 0
         for file in dirty:
-            _sync(self.model / file)  # should it fail, what was waiting is written again: a disk owns up only once
+            sync(self.model / file)  # should it fail, what was waiting is written again: a disk owns up only once
         self._append([asdict(done) for done in waiting])
         self.done |= {done.name: done for done in waiting}
         self._synced = time.monotonic()
@@ -136,9 +136,8 @@ class Unfinished:
     def become(self, target: Path) -> None:
         """Move the finished model to `target`, replacing what was there, and clear up."""
         for file in self.model.iterdir():
-            _sync(file)
-            forget(file)
-        _sync(self.model)
+            flush(file)
+        sync(self.model)
         replaced = self.path / "replaced"
         if target.exists():
             shutil.rmtree(replaced, ignore_errors=True)
@@ -159,7 +158,7 @@ class Unfinished:
             if replaced.exists():
                 os.replace(replaced, target)
             raise
-        _sync(target.parent)
+        sync(target.parent)
         self.remove()
 
     def remove(self) -> None:
@@ -229,12 +228,3 @@ def _over(path: Path) -> str:
 
 def _short(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)[:80]
-
-
-def _sync(path: Path) -> None:
-    """Wait until the disk has a file, or a folder's names."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -78,7 +78,7 @@ class Checkpoint:
         dtype = dtype or self.dtype(name)
         if not self.is_packed(name):
             return self.files.tensor(name).to(dtype)
-        tensor = torch.empty(self.shapes[name], dtype=dtype)
+        tensor = empty(self.shapes[name], dtype, name)
         for start, rows in self.blocks(name, dtype=dtype):
             tensor[start : start + len(rows)] = rows
         return tensor
