@@ -133,6 +133,19 @@ def test_programs_are_looked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
             vllm.find(None)
 
 
+def test_programs_in_this_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """./bench is a path without its dot by the time that it is looked for."""
+    given = bench_program(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert llama_cpp.find(Path("./bench")) == given
+    monkeypatch.setattr(vllm, "PROBE", "")
+    (tmp_path / "python").symlink_to(sys.executable)
+    assert vllm.find(Path("./python")) == tmp_path / "python"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.chdir("/")
+    assert llama_cpp.find(Path("bench")) == given  # by its name alone
+
+
 def test_a_program_that_is_no_program_of_this_machine(tmp_path: Path) -> None:
     broken = program(tmp_path / "broken", "\x7fELF")
     for peer in (llama_cpp, vllm):
