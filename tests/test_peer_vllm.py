@@ -25,8 +25,8 @@ from .reference.tiny import tiny
 from .run_models import random_model
 
 PYTHON = Path(sys.executable)
-# The engine takes 8 prompt tokens a step, of one sequence after another, then a token of each; log probabilities are
-# those that the test wrote down for it.
+# The engine takes 8 prompt tokens a step, of one sequence after another, and a token of each that is past its prompt;
+# log probabilities are those that the test wrote down for it.
 FAKE = """
 import json, time
 from types import SimpleNamespace as Some
@@ -39,7 +39,7 @@ class SamplingParams(Some):
 
 
 class Engine:
-    vllm_config = Some(scheduler_config=Some(max_num_seqs=4))
+    vllm_config = Some(scheduler_config=Some(max_num_seqs=4, max_num_batched_tokens=8))
 
     def __init__(self):
         self.left = {}
@@ -52,13 +52,15 @@ class Engine:
         return bool(self.left)
 
     def step(self):
+        ready = [item for item in self.left.items() if item[1].prompt <= 0]
         for name, request in self.left.items():
             if request.prompt > 0:
                 time.sleep(0.02)
                 request.prompt -= 8
-                return [self.told(name, request)] if request.prompt <= 0 else []
+                ready += [(name, request)] if request.prompt <= 0 else []
+                break
         time.sleep(0.002)
-        return [self.told(name, request) for name, request in list(self.left.items())]
+        return [self.told(name, request) for name, request in ready]
 
     def told(self, name, request):
         request.new.append(0)
@@ -98,6 +100,8 @@ def test_steps_are_counted_after_the_prompts(subject: Subject) -> None:
         assert peer.version == "9.9"
         decoding = peer.measure(Case("decoding", 40, batch=3)).seconds
         assert len(decoding) == vllm.GENERATED and max(decoding) < 0.02 and min(decoding) >= 0.002
+        late = peer.measure(Case("decoding", 80, batch=4)).seconds  # the first one decodes 30 steps before the last
+        assert len(late) == vllm.GENERATED and max(late) < 0.02
         short, long = (peer.measure(Case("prompt", 0, tokens)).seconds for tokens in (16, 100))
         assert len(short) >= 5 and min(short) >= 0.04 and len(long) == 1 and long[0] >= 0.26
         assert peer.measure(Case("decoding", 0)).seconds
@@ -109,6 +113,8 @@ def test_steps_are_counted_after_the_prompts(subject: Subject) -> None:
 
 def test_it_takes_what_fits(subject: Subject) -> None:
     with Vllm(subject, PYTHON) as peer:
+        assert not peer.takes(Case("decoding", 400, batch=4))  # 8 tokens a step: the first would decode 400 meanwhile
+        peer.budget = 2048
         assert peer.takes(Case("decoding", 400, batch=4)) and peer.takes(Case("prompt", 0, 400))
         for case in (Case("decoding", 500), Case("decoding", 8, batch=5), Case("verifying", 8, 5)):
             assert not peer.takes(case), case
@@ -120,6 +126,28 @@ def test_another_model_is_found_out(subject: Subject) -> None:
     logs = json.loads((subject.scratch / "logs.json").read_text())
     (subject.scratch / "logs.json").write_text(json.dumps(logs[::-1]))
     with pytest.raises(UserError, match="does not compute this model as we do"):
+        Vllm(subject, PYTHON)
+
+
+@pytest.mark.parametrize(
+    "line", ["hello", "[]", "7", '{"version": "1"}', '{"version": 1, "sequences": 1, "budget": 1}']
+)
+def test_other_programs_are_told(subject: Subject, line: str) -> None:
+    (subject.scratch / "other").write_text(f"#!/bin/sh\nprintf '%s\\377\\n' '{line}'; read more\n")
+    (subject.scratch / "other").chmod(0o755)
+    with pytest.raises(UserError, match="does not answer as it should"):
+        Vllm(subject, subject.scratch / "other")
+
+
+def test_no_child_is_left_where_the_model_cannot_be_written(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor where Ctrl-C comes meanwhile."""
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cavelight.bench.peers.subject.write_checkpoint", interrupted)
+    monkeypatch.setattr("subprocess.Popen", lambda *_, **__: pytest.fail("begun too early"))
+    with pytest.raises(KeyboardInterrupt):
         Vllm(subject, PYTHON)
 
 

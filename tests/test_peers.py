@@ -24,12 +24,13 @@ from cavelight.bench.peers import gguf as our_gguf
 from cavelight.bench.peers import llama_cpp, vllm
 from cavelight.bench.peers.catalogue import PEERS, named
 from cavelight.bench.peers.gguf import check_known, scales, tensors, write_gguf
-from cavelight.bench.peers.subject import Subject, failed
+from cavelight.bench.peers.subject import Subject, check_same, failed
 from cavelight.bench.probes import Probes
 from cavelight.cli.main import app
 from cavelight.errors import UserError
 from cavelight.model.transformer import Transformer
 from cavelight.spec.config import ModelConfig, Yarn
+from cavelight.spec.cost import total_parameters
 from cavelight.spec.formats import FP8, INT8
 from cavelight.spec.presets import preset
 from cavelight.spec.variants import with_plain_attention
@@ -133,6 +134,19 @@ def test_programs_are_looked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
             vllm.find(None)
 
 
+def test_programs_in_this_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """./bench is a path without its dot by the time that it is looked for."""
+    given = bench_program(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert llama_cpp.find(Path("./bench")) == given
+    monkeypatch.setattr(vllm, "PROBE", "")
+    (tmp_path / "python").symlink_to(sys.executable)
+    assert vllm.find(Path("./python")) == tmp_path / "python"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.chdir("/")
+    assert llama_cpp.find(Path("bench")) == given  # by its name alone
+
+
 def test_a_program_that_is_no_program_of_this_machine(tmp_path: Path) -> None:
     broken = program(tmp_path / "broken", "\x7fELF")
     for peer in (llama_cpp, vllm):
@@ -234,6 +248,13 @@ def test_other_models_are_refused(tmp_path: Path, peer: str, monkeypatch: pytest
         opener(Subject(random_model(preset("nano")), None, tmp_path))
 
 
+def test_memory_has_to_hold_the_model_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr("cavelight.bench.peers.subject.check_memory", lambda needed, *_: asked.append(needed))
+    check_same("it", preset("nano"), torch.bfloat16)
+    assert asked == [2 * 2 * total_parameters(preset("nano"))]
+
+
 def test_a_small_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10, 9, 1))
     with pytest.raises(UserError, match="TMPDIR"):
@@ -271,6 +292,18 @@ def test_scales_of_yarn() -> None:
         log = 0.1 * float(torch.tensor(40.0).log())
         assert turned == pytest.approx((mscale * log + 1) / (all_dim * log + 1))
         assert turned * (multiplier * log + 1) == pytest.approx(all_dim * log + 1)
+
+
+@needs_gguf
+@pytest.mark.parametrize(("mscale", "all_dim", "told"), [(1.0, 1.0, False), (0.707, 1.0, True), (1.0, 0.0, True)])
+def test_scales_of_yarn_are_written(tmp_path: Path, mscale: float, all_dim: float, told: bool) -> None:
+    config = tiny(rope_scaling=yarn(16, mscale, all_dim))
+    assert config.rope_scaling is not None
+    write_gguf(random_model(config), tmp_path / "model.gguf")
+    field = import_module("gguf").GGUFReader(tmp_path / "model.gguf").get_field("deepseek2.rope.scaling.attn_factor")
+    assert (field is not None) == told
+    if field is not None:
+        assert field.contents() == pytest.approx(scales(config.rope_scaling)[0])
 
 
 def logits_of_llama_cpp(file: Path, tokens: list[int], vocabulary: int) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 from cavelight.kernels.room import LARGE, zeros
 from cavelight.run.cache import LatentCache
 from cavelight.run.paged import PagedCache
+from cavelight.weights.files import empty
 
 from .reference.tiny import tiny
 
@@ -48,7 +49,8 @@ def test_large_ones_lie_in_huge_pages() -> None:
     config = tiny(kv_lora_rank=512, qk_rope_head_dim=64, max_position_embeddings=2**16)
     kept, paged = LatentCache(config, 16, torch.float32), PagedCache(config, 1024, 64, torch.float32)
     kept.reserve(2**16)
-    for tensor in (zeros((4 * LARGE,), torch.int8), kept.rows_MSW, paged.rows_MZW):
+    weights = empty((4 * LARGE,), torch.int8, "these")
+    for tensor in (zeros((4 * LARGE,), torch.int8), kept.rows_MSW, paged.rows_MZW, weights):
         before = huge_bytes(tensor)  # of neighbours, which the system counts with it
         tensor.fill_(1)
         assert huge_bytes(tensor) - before > tensor.nbytes / 2  # and only what is written is there

@@ -11,7 +11,7 @@ import torch
 from cavelight.bench import cases
 from cavelight.bench.cases import LEAST, MOST, Case, Measured
 from cavelight.bench.peers.gguf import check_known, write_gguf
-from cavelight.bench.peers.subject import DEEPEST, Subject, check_same, failed
+from cavelight.bench.peers.subject import DEEPEST, Subject, check_same, failed, program_at
 from cavelight.errors import UserError
 
 PROGRAM = "llama-bench"
@@ -80,7 +80,7 @@ class LlamaCpp:
 
 def find(given: Path | None) -> Path:
     """llama-bench: the file given, or the one on PATH. Raises UserError if there is none, or an old one."""
-    found = shutil.which(str(given or PROGRAM))
+    found = program_at(given) if given else shutil.which(PROGRAM)
     if found is None:
         raise UserError(
             f"There is no {PROGRAM}",

@@ -75,6 +75,11 @@ def check_same(peer: str, config: ModelConfig, dtype: torch.dtype, kinds: Sequen
     check_memory(2 * total_parameters(config) * dtype.itemsize, "the model twice", "leave --against out")
 
 
+def program_at(given: Path) -> str | None:
+    """What was given as a program: a file, even one that is named without its folder, or else one on PATH."""
+    return shutil.which(str(given.absolute())) or shutil.which(str(given))
+
+
 def failed(program: str, said: str, status: int, asked: Sequence[str] = ()) -> UserError:
     """Of a peer's program: the last line of its stderr that names an error, or else its last line."""
     lines = [line.strip() for line in said.splitlines() if line.strip()]

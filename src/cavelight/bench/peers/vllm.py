@@ -2,8 +2,8 @@
 
 import inspect
 import json
+import math
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ import torch
 from cavelight.bench import cases
 from cavelight.bench.cases import LEAST, MOST, Case, Measured
 from cavelight.bench.peers import vllm_child
-from cavelight.bench.peers.subject import DEEPEST, Subject, check_same, failed
+from cavelight.bench.peers.subject import DEEPEST, Subject, check_same, failed, program_at
 from cavelight.errors import UserError
 from cavelight.spec.config import ModelConfig
 from cavelight.spec.cost import stored_bytes_per_token
@@ -44,22 +44,30 @@ class Vllm:
         self.context = min(config.max_position_embeddings, room(config, subject.dtype) // 2)
         self.room = room(config, subject.dtype)
         self.said = subject.scratch / "vllm.txt"
-        # Not as a file: Python would look beside it first, where other modules are called vllm and transformers.
-        command = [str(program), "-c", inspect.getsource(vllm_child)]
-        pipe, ours = subprocess.PIPE, os.environ | surroundings()
-        with open(self.said, "w") as said:
-            self.child = subprocess.Popen(
-                command, stdin=pipe, stdout=pipe, stderr=said, text=True, env=ours, cwd=subject.scratch
-            )
         asked = {
             "model": str(subject.folder().resolve()),
             "dtype": str(subject.dtype).removeprefix("torch."),
             "context": self.context,
             "vocabulary": config.vocab_size,
         }
+        # Not as a file: Python would look beside it first, where other modules are called vllm and transformers.
+        command = [str(program), "-c", inspect.getsource(vllm_child)]
+        pipe, ours = subprocess.PIPE, os.environ | surroundings()
+        with open(self.said, "w") as said:
+            self.child = subprocess.Popen(
+                command,
+                stdin=pipe,
+                stdout=pipe,
+                stderr=said,
+                text=True,
+                errors="replace",
+                env=ours,
+                cwd=subject.scratch,
+            )
         try:
-            ready = self._ask(asked)
+            ready = self._ask(asked, version=str, sequences=int, budget=int)
             self.version, self.sequences = str(ready["version"]), int(ready["sequences"])
+            self.budget = int(ready["budget"])  # tokens of a step
             self._check_agrees(subject)
         except BaseException:
             self.close()
@@ -73,7 +81,7 @@ class Vllm:
 
     def takes(self, case: Case) -> bool:
         """Within the sequences and the room of its cache."""
-        length = case.depth + case.tokens + GENERATED + vllm_child.WARM + 1
+        length = case.depth + case.tokens + self._new(case)
         fits = length <= self.context and case.batch * length <= self.room and case.batch <= self.sequences
         return fits and case.kind in ("prompt", "decoding") and case.depth <= DEEPEST
 
@@ -82,8 +90,14 @@ class Vllm:
         if case.kind == "prompt":
             asked = {"kind": "prompt", "tokens": case.tokens, "least": LEAST, "most": MOST, "seconds": cases.SECONDS}
         else:
-            asked = {"kind": "decoding", "depth": case.depth, "batch": case.batch, "steps": GENERATED}
-        return Measured(case, tuple(self._ask(asked)["found"]), 0.0, 0.0)
+            new = self._new(case)
+            asked = {"kind": "decoding", "depth": case.depth, "batch": case.batch, "steps": GENERATED, "new": new}
+        return Measured(case, tuple(self._ask(asked, found=list)["found"]), 0.0, 0.0)
+
+    def _new(self, case: Case) -> int:
+        """Tokens of each sequence, so that there are enough steps of all: the first ones do not wait for the others."""
+        waiting = case.batch * case.depth if case.batch > 1 else 0
+        return GENERATED + vllm_child.WARM + 1 + math.ceil(waiting / max(1, self.budget - case.batch))
 
     def _check_agrees(self, subject: Subject) -> None:
         """Raises UserError unless it gives random tokens much the same probabilities as we do.
@@ -91,7 +105,7 @@ class Vllm:
         Not compiled, vLLM 0.32 for processors rotates plain RoPE wrongly (and YaRN's rightly).
         """
         ids_T = torch.randint(self.vocabulary, (SHOWN,), generator=torch.Generator().manual_seed(0))
-        theirs_t = torch.tensor(self._ask({"kind": "likelihoods", "ids": ids_T.tolist()})["found"])
+        theirs_t = torch.tensor(self._ask({"kind": "likelihoods", "ids": ids_T.tolist()}, found=list)["found"])
         with torch.inference_mode():
             logs_TV = subject.model.logits(ids_T).float().log_softmax(-1)
         ours_t = logs_TV[:-1].gather(1, ids_T[1:, None])[:, 0]
@@ -109,7 +123,8 @@ class Vllm:
         self.child.kill()
         self.child.communicate()
 
-    def _ask(self, asked: Mapping[str, Any]) -> dict[str, Any]:
+    def _ask(self, asked: Mapping[str, Any], **wanted: type) -> dict[str, Any]:
+        """The answer. Raises UserError where there is none, or not all in it that is `wanted`."""
         assert self.child.stdin is not None and self.child.stdout is not None
         try:
             print(json.dumps(asked), file=self.child.stdin, flush=True)
@@ -119,7 +134,17 @@ class Vllm:
         if not answer:
             status = self.child.wait()
             raise failed("vLLM", self.said.read_text(errors="replace"), status)
-        return dict(json.loads(answer))
+        try:
+            found = json.loads(answer)
+            assert all(found[key] and isinstance(found[key], kind) for key, kind in wanted.items())
+        except (ValueError, TypeError, KeyError, AssertionError):
+            raise UserError(
+                "vLLM's interpreter does not answer as it should",
+                got=f"{answer.strip()[:200]!r}",
+                why=f"a line with {', '.join(wanted)} was expected",
+                do="name the python of an environment that has vLLM with --peer PATH",
+            ) from None
+        return dict(found)
 
 
 def room(config: ModelConfig, dtype: torch.dtype) -> int:
@@ -143,7 +168,7 @@ def surroundings() -> dict[str, str]:
 
 def find(given: Path | None) -> Path:
     """The interpreter that has vLLM: the one given, or this one. Raises UserError where it has none."""
-    program = shutil.which(str(given or sys.executable))
+    program = program_at(given or Path(sys.executable))
     do = "install vLLM for processors in an environment of its own, and name its python with --peer PATH"
     if program is None:
         raise UserError("There is no interpreter to run vLLM with", got=f"{given}, which is no program", do=do)

@@ -30,7 +30,8 @@ class Engine:
             enable_prefix_caching=False,
         )
         self.engine = llm.llm_engine
-        self.sequences = int(self.engine.vllm_config.scheduler_config.max_num_seqs)
+        limits = self.engine.vllm_config.scheduler_config
+        self.sequences, self.budget = int(limits.max_num_seqs), int(limits.max_num_batched_tokens)
 
     def steps(self, prompt: int, batch: int, new: int) -> list[tuple[float, int]]:
         """Of each step until all are done: its seconds, and how many sequences got a token that was not their first."""
@@ -74,17 +75,20 @@ class Engine:
             if took > seconds or len(found) >= most or (len(found) >= least and sum(found) >= seconds):
                 return found
 
-    def decoding(self, depth: int, batch: int, steps: int) -> list[float]:
-        """Seconds of steps in which every sequence got a token; one that follows nothing follows a single token."""
-        found = [step for step, further in self.steps(max(1, depth), batch, steps + WARM + 1) if further == batch]
-        return found[WARM:]
+    def decoding(self, depth: int, batch: int, steps: int, new: int) -> list[float]:
+        """Seconds of steps in which every sequence got a token, of `new`; what follows nothing follows one token."""
+        found = [step for step, further in self.steps(max(1, depth), batch, new) if further == batch]
+        return found[WARM:][:steps]
 
 
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # vLLM writes to stdout as well
     engine = Engine(json.loads(sys.stdin.readline()))
-    print(json.dumps({"version": engine.vllm.__version__, "sequences": engine.sequences}), file=answers)
+    print(
+        json.dumps({"version": engine.vllm.__version__, "sequences": engine.sequences, "budget": engine.budget}),
+        file=answers,
+    )
     for line in sys.stdin:
         case = json.loads(line)
         found = getattr(engine, case.pop("kind"))(**case)
